@@ -1,0 +1,38 @@
+# Every target sets up .venv by itself the first time, from nothing but python3, pip and make.
+#   make PYTHON=python3.13 VENV=.venv-3.13 test    another Python, beside the first
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+MINOR := $(shell $(PYTHON) -c 'import sys; print("3.%d" % sys.version_info[1])')
+# The exact versions that were tested: Python 3.11 has a file of its own, since newer JAX left it.
+PINS := constraints/$(if $(filter 3.11,$(MINOR)),python3.11,newest).txt
+
+.PHONY: train test test-long check bench duel clean
+
+train: $(VENV)/.ready
+	$(RUN) -m experiments.digits train
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/.ready
+	$(RUN) -m pytest -m long $(ARGS)
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+# The comparison with PyTorch: needs it in the same environment (pip install torch).
+bench: $(VENV)/.ready
+	$(RUN) -m experiments.digits duel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.ready: pyproject.toml $(PINS)
+	$(PYTHON) -c 'import sys; sys.exit("jaxnets needs Python 3.11 or newer, not %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
+	touch $@

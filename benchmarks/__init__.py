@@ -1,0 +1,1 @@
+"""Programs that measure; nothing in the library needs them."""

@@ -1,0 +1,175 @@
+"""Flat dataclasses from flags, to JSON and back, and what differs between two of them."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from jaxnets import errors
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where and how an experiment runs; all of it may change when a run is resumed."""
+
+    run_dir: Path | None = None
+    """Folder of this run; runs/EXPERIMENT by default."""
+    data_dir: Path | None = None
+    """Folder with the data sets; $JAXNETS_DATA or ~/.cache/jaxnets/data by default."""
+    verify: str = "warn"
+    """What to do about local data files with another digest than the official: warn or strict."""
+    resume: bool = True
+    """Go on where the run in the folder stopped. Otherwise an earlier run is moved aside."""
+    allow_change: bool = False
+    """Go on although the config differs from the one that the run was started with."""
+    strategy: str = "jit"
+    """How a step is spread over devices: jit or pmap."""
+    num_devices: int | None = None
+    """How many devices to use; all by default."""
+    jit: bool = True
+    """Compile. Otherwise run eagerly on one device, for debugging."""
+    log_every: int = 50
+    """Steps between lines of the metrics."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 is once for each epoch."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 is after each evaluation."""
+    checkpoint: str = "latest"
+    """Which checkpoint `eval` reads: latest, best, or the number of a step."""
+    duel_seconds: float = 60.0
+    """About how long `duel` measures both sides, in seconds, without compilation."""
+
+
+def parse_flags(
+    argv: Sequence[str], config: T, *, options: RunOptions | None = None, prog: str, about: str
+) -> tuple[T, RunOptions]:
+    """Read the flags of an experiment.
+
+    Args:
+        argv: the words after the command.
+        config: the defaults of the config.
+        options: the defaults of the options.
+        prog: the command, for the help.
+        about: what the experiment is, for the help.
+
+    Returns:
+        config and options.
+
+    Raises:
+        ConfigError: if a flag is unknown or its value can't be read; the message is one line.
+    """
+    given = RunOptions() if options is None else options
+    names = {
+        field.name: (kind, field.type)
+        for kind, value in (("config", config), ("options", given))
+        for field in dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
+    }
+    flags = {f"--{name.replace('_', '-')}" for name in names}
+    flags |= {
+        f"--no-{name.replace('_', '-')}" for name, (_, kind) in names.items() if kind in (bool, "bool")
+    }
+    for word in argv:
+        flag = word.split("=")[0].replace("_", "-")
+        if word.startswith("--") and flag not in flags | {"--help"}:
+            near = errors.unknown("flag", flag, flags)
+            raise errors.ConfigError(f"{str(near).split(' (there')[0].split(': there')[0]} (see --help)")
+    fields = [
+        ("config", tyro.conf.OmitArgPrefixes[type(config)], config),
+        ("options", tyro.conf.OmitArgPrefixes[RunOptions], given),
+    ]
+    both = dataclasses.make_dataclass(
+        "Flags", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields]
+    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            flags_read = tyro.cli(both, args=list(argv), prog=prog, description=about)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise errors.ConfigError(_one_line(printed.getvalue())) from None
+    return flags_read.config, flags_read.options
+
+
+def preset_of(argv: Sequence[str], presets: Mapping[str, T]) -> tuple[str | None, list[str]]:
+    """Take `--preset NAME` out of the words.
+
+    Returns:
+        the name, or None, and the other words.
+
+    Raises:
+        ConfigError: if there is no such preset, or no name.
+    """
+    rest, name, words = [], None, iter(argv)
+    for word in words:
+        if word == "--preset":
+            name = next(words, "")
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if name is not None and name not in presets:
+        raise errors.unknown("preset", name, presets)
+    return name, rest
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The fields of a config, as JSON holds them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A config from what `to_json` gave; fields that have come since take their defaults.
+
+    Raises:
+        ConfigError: if there are values for fields that this config doesn't have.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    strange = sorted(set(values) - set(names))
+    if strange:
+        raise errors.ConfigError(f"this experiment's config has no {', '.join(strange)}")
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> list[str]:
+    """What differs between two configs, as "name old -> new".
+
+    Example:
+        >>> differences({"seed": 0, "epochs": 2}, {"seed": 1, "epochs": 3}, ignore=["epochs"])
+        ['seed 0 -> 1']
+    """
+    names = [name for name in {**old, **new} if name not in ignore]
+    return [
+        f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _one_line(box: str) -> str:
+    """Tyro's message without its frame and its advice."""
+    lines = [re.sub(r"[╭╮╰╯│─]", "", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line]
+    stop = next((i for i, line in enumerate(lines) if line.startswith(("Argument help", "For full"))), 9)
+    return f"{' '.join(lines[1:stop]) or 'the flags could not be read'} (see --help)"
+
+
+def is_terminal() -> bool:
+    """Whether someone watches standard error."""
+    return sys.stderr.isatty()

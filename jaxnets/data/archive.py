@@ -1,0 +1,97 @@
+"""Unpack an archive that is trusted no further than its list of expected members."""
+
+import gzip
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from jaxnets import errors
+from jaxnets.data.download import locked, sync, writing
+
+
+def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Path:
+    """Unpack a tar file, compressed or not, into a folder that is either absent or complete.
+
+    Only regular files and folders with plain names come out; the files go to a temporary folder
+    beside the target, which gets its name when all of them are on disk.
+
+    Args:
+        archive: the tar file; check its digest first.
+        target: the folder to make; every member's first component is `target.name`.
+        members: the files the archive must hold, by full name, and the most bytes each may have.
+
+    Returns:
+        The target; one that is there already is left as it is.
+
+    Raises:
+        DataError: if the archive is damaged, or holds anything else than the members, or the
+            folder can't be written.
+    """
+    with locked(target):
+        if target.is_dir():
+            return target
+        prefix = f".{target.name}.unpacking-"
+        with writing(target.parent):
+            for left_over in target.parent.glob(f"{prefix}*"):  # of a process that was killed
+                shutil.rmtree(left_over)
+            work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        try:
+            with writing(target.parent):
+                _extract(archive, work, target.name, members)
+                _sync_tree(work)
+                os.rename(work / target.name, target)
+                sync(target.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _extract(archive: Path, work: Path, root: str, members: Mapping[str, int]) -> None:
+    missing = set(members)
+    try:
+        with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
+            # One member at a time, each checked before its bytes are read: a hostile archive is
+            # refused before it can fill the disk.
+            for member in tar:
+                name = _checked_name(archive, member, root)
+                if member.isdir():
+                    continue  # made below as the files need them
+                if name not in missing:
+                    why = "is there twice" if name in members else "isn't expected"
+                    raise errors.DataError(f"{archive}: member {name!r} {why}")
+                if member.size > members[name]:
+                    raise errors.DataError(
+                        f"{archive}: member {name!r} has {member.size:,} bytes, "
+                        f"expected at most {members[name]:,}"
+                    )
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                tar.extract(member, work, filter="data")  # a second opinion on the member
+                missing.remove(name)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise errors.DataError(
+            f"{archive}: damaged or no tar file ({' '.join(str(error).split())}): "
+            "remove it and it is downloaded again"
+        ) from error
+    if missing:
+        raise errors.DataError(f"{archive}: lacks {', '.join(sorted(missing))}")
+
+
+def _checked_name(archive: Path, member: tarfile.TarInfo, root: str) -> str:
+    """The member's name, normalised, if it is a file or folder inside the root."""
+    path = PurePosixPath(member.name)
+    if not (member.isreg() or member.isdir()):
+        raise errors.DataError(f"{archive}: member {member.name!r} is a link or a special file")
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name:
+        raise errors.DataError(f"{archive}: member {member.name!r} leads out of its folder")
+    if path.parts[:1] not in ((), (root,)):
+        raise errors.DataError(f"{archive}: member {member.name!r} isn't in {root}/")
+    return str(path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        sync(path)

@@ -1,0 +1,42 @@
+"""Errors that a user can mend: the command line prints them as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something given by the user is wrong; the message says what, and how to mend it."""
+
+
+class ConfigError(UserError):
+    """A flag, a config or a run folder that can't be used as it stands."""
+
+
+class DataError(UserError):
+    """A data set that is missing, damaged, or could not be downloaded."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that could not be written, or that can't be restored into this run."""
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient was NaN or infinite; nothing of that step was applied."""
+
+
+class ParityError(UserError):
+    """Two implementations that should compute the same thing do not."""
+
+
+def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
+    """The error for a name that isn't there, with the nearest ones that are.
+
+    Example:
+        >>> str(unknown("model", "lanet", ["lenet", "mlp"]))
+        "unknown model 'lanet': did you mean 'lenet'? (there are: lenet, mlp)"
+    """
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f": did you mean {near[0]!r}?" if near else ":"
+    close = (f"(there are: {', '.join(names)})") if near else f"there are: {', '.join(names)}"
+    return ConfigError(f"unknown {kind} {name!r}{hint} {close}")

@@ -1,0 +1,116 @@
+"""The parent's end of a duel's worker processes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxnets import errors
+
+
+class WorkerError(errors.UserError):
+    """A worker answered that it could not do what it was told."""
+
+
+class Contender:
+    """A worker process, and what is known about it.
+
+    Attributes:
+        name: for reports, such as "torch.compile, 2 threads".
+        side: "jax" or "torch".
+        rounds: examples a second, of each timed round.
+    """
+
+    def __init__(
+        self, name: str, side: str, spec: Mapping[str, Any], env: Mapping[str, str], log: Path
+    ):
+        self.name = name
+        self.side = side
+        self.rounds: list[float] = []
+        self.steps = 1
+        self.rate = 0.0
+        self.facts: dict[str, Any] = {}
+        self._log = log
+        self._spec = spec
+        # The same paths as here, so that the same experiment and library are found.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from jaxnets.interop import duel_worker; "
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code + "duel_worker.main()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=dict(env),
+                start_new_session=True,  # Ctrl-C is for the parent, which then ends its workers
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the process is still wanted."""
+        return self._process.poll() is None
+
+    def start(self) -> None:
+        """Import, load data and weights, take the first steps; fills `facts`."""
+        self.facts |= self.ask("start", side=self.side, spec=dict(self._spec))
+        first = self.ask("first")
+        self.facts |= {"first_step_seconds": first["seconds"], "first_losses": first["losses"]}
+
+    def train(self, steps: int) -> float:
+        """Train; the seconds that it took.
+
+        Raises:
+            NonFiniteError: if the loss is no longer a number.
+        """
+        reply = self.ask("run", steps=steps)
+        if reply["loss"] is None:
+            raise errors.NonFiniteError(
+                f"the loss of {self.name} is no longer finite; try a smaller --learning-rate"
+            )
+        return reply["seconds"]
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for the answer.
+
+        Raises:
+            WorkerError: if the worker reports an error.
+            UserError: if it has died.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line.endswith("\n"):
+            code = self._process.wait()
+            said = [line for line in self._log.read_text().splitlines() if line.strip()]
+            raise errors.UserError(
+                f"the worker of {self.name} died with exit status {code}"
+                + (f": {said[-1].strip()}" if said else "")
+            )
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(f"{self.name}: {reply['error']}")
+        return reply
+
+    def close(self) -> None:
+        """End the process."""
+        if self.is_open:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass

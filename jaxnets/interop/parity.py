@@ -1,0 +1,223 @@
+"""Proof that two implementations of an experiment compute the same thing.
+
+An error is the largest difference within a tensor, over the largest magnitude in the reference's
+tensor. In float64 all of it, over all steps, is held to 1e-9, where only a mistake is larger. In
+float32, with matmuls at the highest precision, outputs, loss, gradients and one step are held to 1e-5,
+or to a small multiple of what float32 costs the reference itself where that is more: the distance of
+its float32 from its own float64 result. (Adam divides a gradient by its magnitude, so where gradients
+are nearly zero a step is mostly rounding, in PyTorch as in JAX.) Over many steps float32 drifts apart
+by itself; that is measured and held to a larger multiple of the reference's own drift.
+
+A tensor that is zero on one side, or nothing but rounding (smaller than 16 units in the last place of
+the largest tensor of its stage: the gradient of a bias before a normalisation is such a one), has no
+magnitude of its own. It is held to that rounding; if all tensors of a stage are zero, to zero.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxnets import errors
+from jaxnets.data import Batches
+from jaxnets.interop.reference import Reference
+from jaxnets.interop.sides import Arrays, Record, initial_variables, run_jax, run_torch
+from jaxnets.interop.weights import Table, flatten, to_linen, to_torch
+from jaxnets.recipe import Recipe
+
+NUM_STEPS = 20
+MAX_BATCH_SIZE = (
+    32  # float64 convolutions are slow, and a step of 32 rows shows what one of 1024 does
+)
+BOUNDS = {"float64": 1e-9, "float32": 1e-5}
+# How many times the reference's own rounding a stage in float32 may differ. Two sides that round
+# independently and equally differ by 1 to 2 times; TIMES.
+ROUNDING_FACTOR = 4.0
+DRIFT_FACTOR = 10.0
+
+
+def check_parity(
+    recipe: Recipe,
+    reference: Reference,
+    *,
+    num_steps: int = NUM_STEPS,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compare outputs, losses, gradients, running statistics and steps of both sides.
+
+    Args:
+        recipe: of the experiment; its own data, order, loss and optimizer are used.
+        reference: the same in PyTorch.
+        num_steps: how many steps to compare, each on another batch.
+        say: called with a line about each dtype.
+
+    Returns:
+        the settings, and for each dtype and stage the worst tensor, its error and the bound.
+
+    Raises:
+        ParityError: at the first tensor whose error is above its bound.
+    """
+    variables = initial_variables(recipe)
+    check_round_trip(reference.weights, variables)
+    batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
+    draws = list(Batches(recipe.num_examples, batch_size, num_steps * batch_size, seed=recipe.seed))
+    report: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size, "dropout": "off"}
+    exact = None
+    for dtype, bound in BOUNDS.items():
+        ours = run_jax(recipe, variables, draws, dtype)
+        theirs = run_torch(reference, recipe.train, variables, draws, dtype)
+        report[dtype] = stages = compare_records(ours, theirs, dtype, bound, exact=exact)
+        report["dropout_rates"] = ours.dropout_rates
+        exact = theirs
+        say(_summary(dtype, stages, num_steps))
+    return report
+
+
+def check_round_trip(table: Table, variables: Mapping[str, Any]) -> None:
+    """Make sure that weights come back from PyTorch's layout bit for bit.
+
+    Raises:
+        ParityError: if one doesn't, or the table doesn't name each exactly once.
+    """
+    back = flatten(to_linen(table, to_torch(table, variables)))
+    for name, array in flatten(variables).items():
+        array = np.asarray(array)
+        if array.shape != back[name].shape or array.tobytes() != back[name].tobytes():
+            raise errors.ParityError(f"weights: {name} does not come back from PyTorch's layout")
+
+
+def compare_records(
+    ours: Record, theirs: Record, dtype: str, bound: float, *, exact: Record | None = None
+) -> dict[str, Any]:
+    """Compare two runs stage by stage.
+
+    Args:
+        ours: JAX's.
+        theirs: PyTorch's.
+        dtype: of both.
+        bound: on every error.
+        exact: PyTorch's run in float64, which tells how much `theirs` has lost to rounding.
+
+    Returns:
+        for each stage the worst tensor, its error and the bound.
+
+    Raises:
+        ParityError: at the first tensor whose error is above its bound.
+    """
+    if ours.dropout_rates != theirs.dropout_rates:
+        raise errors.ParityError(
+            f"parity: dropout rates are {ours.dropout_rates} in JAX and {theirs.dropout_rates} in "
+            "PyTorch"
+        )
+    left, right = _stages(ours), _stages(theirs)
+    truth = {} if exact is None else _stages(exact)
+    report = {}
+    for stage, expected in right.items():
+        found = left[stage]
+        if stage.startswith("outputs"):  # layers without weights have none in the table
+            found = {name: array for name, array in found.items() if name in expected}
+        limit, own = bound, None
+        if stage in truth:
+            own = max(_errors(expected, truth[stage]).values(), default=0.0)
+            is_late = "all steps" in stage
+            limit = max(bound, (DRIFT_FACTOR if is_late else ROUNDING_FACTOR) * own)
+        if found or expected:
+            report[stage] = compare(f"{dtype}, {stage}", found, expected, limit)
+            if own is not None:
+                report[stage]["reference_rounding"] = own
+    return report
+
+
+def compare(stage: str, ours: Arrays, theirs: Arrays, bound: float) -> dict[str, Any]:
+    """Compare the tensors of one stage, in the order of `theirs`, the reference.
+
+    Args:
+        stage: its name, for the message.
+        ours: names to arrays.
+        theirs: the same names.
+        bound: on the largest difference over the largest magnitude.
+
+    Returns:
+        "tensor" (the worst), its "error", the "bound" and "num_tensors".
+
+    Raises:
+        ParityError: at the first tensor above the bound, or of another shape, or missing.
+    """
+    if set(ours) != set(theirs):
+        lonely = sorted(set(ours) ^ set(theirs))
+        raise errors.ParityError(f"parity in {stage}: {', '.join(lonely)} is on one side only")
+    for name, expected in theirs.items():
+        if ours[name].shape != expected.shape:
+            raise errors.ParityError(
+                f"parity in {stage}: {name} has the shape {ours[name].shape} in JAX and "
+                f"{expected.shape} in PyTorch"
+            )
+    found = _errors(ours, theirs)
+    for name, error in found.items():
+        if not error <= bound:  # a NaN isn't
+            raise errors.ParityError(
+                f"parity in {stage}: {name} differs by {error:.2e} of the largest magnitude; the bound "
+                f"is {bound:.0e}"
+            )
+    worst = max(found, key=lambda name: found[name])
+    return {"tensor": worst, "error": found[worst], "bound": bound, "num_tensors": len(found)}
+
+
+def _errors(ours: Arrays, theirs: Arrays) -> dict[str, float]:
+    """The error of every tensor; 0 for one without a magnitude that differs by rounding alone."""
+    largest = max((_peak(x) for x in theirs.values()), default=0.0)
+    found = {}
+    for name, expected in theirs.items():
+        peak = _peak(expected)
+        rounding = 16 * float(np.finfo(expected.dtype).eps) * largest
+        difference = _peak(ours[name].astype(np.float64) - expected.astype(np.float64))
+        if peak <= rounding:
+            found[name] = 0.0 if difference <= rounding else math.inf
+        else:
+            found[name] = difference / peak
+    return found
+
+
+def _stages(record: Record) -> dict[str, Arrays]:
+    """What is compared, in the order in which a mistake shows first."""
+
+    def part(arrays: Arrays, is_params: bool) -> Arrays:
+        return {name: x for name, x in arrays.items() if name.startswith("params/") == is_params}
+
+    def named(outputs: Arrays) -> Arrays:
+        return {f"output of {name or 'the model'}": array for name, array in outputs.items()}
+
+    losses = {f"loss of step {i}": np.array(x) for i, x in enumerate(record.losses, start=1)}
+    return {
+        "outputs": named(record.outputs),
+        "loss": {"loss of step 1": losses["loss of step 1"]},
+        "gradients": record.grads,
+        "running statistics after 1 step": part(record.after_one, False),
+        "parameters after 1 step": part(record.after_one, True),
+        "losses of all steps": losses,
+        "running statistics after all steps": part(record.after_all, False),
+        "parameters after all steps": part(record.after_all, True),
+        "outputs in evaluation after all steps": named(record.eval_outputs),
+    }
+
+
+def _summary(dtype: str, stages: Mapping[str, Mapping[str, Any]], num_steps: int) -> str:
+    early = {name: stage for name, stage in stages.items() if "all steps" not in name}
+    late = {name: stage for name, stage in stages.items() if "all steps" in name}
+
+    def worst(part: Mapping[str, Mapping[str, Any]]) -> str:
+        name = max(part, key=lambda name: part[name]["error"])
+        return (
+            f"{part[name]['error']:.1e} ({part[name]['tensor']}; bound {part[name]['bound']:.0e})"
+        )
+
+    count = sum(stage["num_tensors"] for stage in stages.values())
+    return (
+        f"parity in {dtype}: {count} tensors agree; largest error in one step {worst(early)}, "
+        f"in {num_steps} steps {worst(late)}"
+    )
+
+
+def _peak(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x))) if x.size else 0.0

@@ -1,0 +1,232 @@
+"""Weight maps between Linen and PyTorch, as ordered tables that are read in both directions.
+
+A table lists every array of a model, in the order of its computation:
+
+    TABLE = (
+        *conv("conv1"),
+        *batch_norm("norm1"),
+        *dense("dense1", flattened=(4, 4, 128)),
+        *dense("head"),
+    )
+
+Every array on either side must have exactly one row, so nothing is left at its initial value.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxnets import errors
+
+LAYOUTS = ("same", "conv", "dense", "counter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One array on both sides.
+
+    Attributes:
+        linen: its path in the variables, such as "params/conv1/kernel"; "" for a counter.
+        torch: its name in the state_dict, such as "conv1.weight".
+        layout: "same"; "conv" for HWIO against OIHW; "dense" for `[in, out]` against `[out, in]`;
+            "counter" for a number that only PyTorch keeps, 0 at the start.
+        flattened: for a dense layer after a flattened image, that image's (H, W, C): Linen's inputs
+            come in the order of NHWC, PyTorch's in that of NCHW.
+    """
+
+    linen: str
+    torch: str
+    layout: str = "same"
+    flattened: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise errors.unknown("layout", self.layout, LAYOUTS)
+
+    @property
+    def module(self) -> tuple[str, str]:
+        """The layer that the array belongs to: its path in Linen and its name in PyTorch."""
+        parts = self.linen.split("/")[1:-1]
+        return "/".join(parts), self.torch.rpartition(".")[0]
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The array as PyTorch has it.
+
+        Raises:
+            ValueError: if its shape isn't that of the row's layout.
+        """
+        if self.layout == "conv":
+            self._check(array, 4)
+            return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
+        if self.layout == "dense":
+            self._check(array, 2)
+            if self.flattened:
+                self._check_inputs(array.shape[0])
+                array = array.reshape(*self.flattened, -1).transpose(2, 0, 1, 3)
+                array = array.reshape(-1, array.shape[-1])
+            return np.ascontiguousarray(array.T)
+        return array
+
+    def to_linen(self, array: np.ndarray) -> np.ndarray:
+        """The array as Linen has it; the inverse of `to_torch`.
+
+        Raises:
+            ValueError: if its shape isn't that of the row's layout.
+        """
+        if self.layout == "conv":
+            self._check(array, 4)
+            return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+        if self.layout == "dense":
+            self._check(array, 2)
+            array = array.T
+            if self.flattened:
+                self._check_inputs(array.shape[0])
+                height, width, channels = self.flattened
+                array = array.reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
+                array = array.reshape(-1, array.shape[-1])
+            return np.ascontiguousarray(array)
+        return array
+
+    def _check(self, array: np.ndarray, rank: int) -> None:
+        if array.ndim != rank:
+            raise ValueError(
+                f"{self.linen} = {self.torch}: a {self.layout} weight has rank {rank}, not the shape "
+                f"{array.shape}"
+            )
+
+    def _check_inputs(self, size: int) -> None:
+        if self.flattened and size != math.prod(self.flattened):
+            raise ValueError(
+                f"{self.linen} = {self.torch}: has {size} inputs; an image of {self.flattened} "
+                f"flattened has {math.prod(self.flattened)}"
+            )
+
+
+Table = Sequence[Row]
+
+
+def conv(linen: str, torch: str = "", *, use_bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a convolution; PyTorch's name is Linen's path with dots by default."""
+    torch = torch or linen.replace("/", ".")
+    kernel = Row(f"params/{linen}/kernel", f"{torch}.weight", "conv")
+    return (kernel, Row(f"params/{linen}/bias", f"{torch}.bias")) if use_bias else (kernel,)
+
+
+def dense(
+    linen: str,
+    torch: str = "",
+    *,
+    use_bias: bool = True,
+    flattened: tuple[int, int, int] | None = None,
+) -> tuple[Row, ...]:
+    """The rows of a dense layer; `flattened` is the (H, W, C) of the image that it takes flat."""
+    torch = torch or linen.replace("/", ".")
+    kernel = Row(f"params/{linen}/kernel", f"{torch}.weight", "dense", flattened)
+    return (kernel, Row(f"params/{linen}/bias", f"{torch}.bias")) if use_bias else (kernel,)
+
+
+def batch_norm(linen: str, torch: str = "") -> tuple[Row, ...]:
+    """The rows of a batch normalisation, running statistics included."""
+    torch = torch or linen.replace("/", ".")
+    return (
+        Row(f"params/{linen}/scale", f"{torch}.weight"),
+        Row(f"params/{linen}/bias", f"{torch}.bias"),
+        Row(f"batch_stats/{linen}/mean", f"{torch}.running_mean"),
+        Row(f"batch_stats/{linen}/var", f"{torch}.running_var"),
+        Row("", f"{torch}.num_batches_tracked", "counter"),
+    )
+
+
+def only_params(table: Table) -> tuple[Row, ...]:
+    """The rows of what the optimizer changes; gradients have these and no others."""
+    return tuple(row for row in table if row.linen.startswith("params/"))
+
+
+def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A state_dict from Linen variables.
+
+    Args:
+        table: the rows of the model.
+        variables: `{"params": ..., "batch_stats": ...}`, nested, of arrays.
+
+    Returns:
+        names to arrays, in the order of the table.
+
+    Raises:
+        ParityError: if an array has no row, a row has no array, or a name comes twice.
+
+    Example:
+        >>> variables = {"params": {"head": {"kernel": np.zeros((3, 2)), "bias": np.ones(2)}}}
+        >>> {name: x.shape for name, x in to_torch(dense("head"), variables).items()}
+        {'head.weight': (2, 3), 'head.bias': (2,)}
+    """
+    arrays = flatten(variables)
+    linen = [row.linen for row in table if row.linen]
+    _check_names("Linen", linen, arrays)
+    _check_unique("PyTorch", [row.torch for row in table])
+    return {
+        row.torch: row.to_torch(np.asarray(arrays[row.linen]))
+        if row.linen
+        else np.zeros((), np.int64)
+        for row in table
+    }
+
+
+def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Linen variables from a state_dict; the inverse of `to_torch`, counters left out.
+
+    Args:
+        table: the rows of the model.
+        state_dict: names to arrays (or CPU tensors without a gradient).
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}`, nested.
+
+    Raises:
+        ParityError: if an array has no row, a row has no array, or a path comes twice.
+    """
+    _check_names("PyTorch", [row.torch for row in table], state_dict)
+    _check_unique("Linen", [row.linen for row in table if row.linen])
+    variables: dict[str, Any] = {}
+    for row in table:
+        if row.linen:
+            *folders, name = row.linen.split("/")
+            place = variables
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            place[name] = row.to_linen(np.asarray(state_dict[row.torch]))
+    return variables
+
+
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of arrays as one, with paths such as "params/conv1/kernel"."""
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}/")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(walk(variables, ""))
+
+
+def _check_names(side: str, rows: Sequence[str], arrays: Iterable[str]) -> None:
+    _check_unique(side, rows)
+    missing = sorted(set(rows) - set(arrays))
+    unused = sorted(set(arrays) - set(rows))
+    if missing:
+        raise errors.ParityError(
+            f"weights: {side} has no {', '.join(missing)}, which the table names"
+        )
+    if unused:
+        raise errors.ParityError(f"weights: the table has no row for {', '.join(unused)} of {side}")
+
+
+def _check_unique(side: str, rows: Sequence[str]) -> None:
+    twice = sorted({name for name in rows if list(rows).count(name) > 1})
+    if twice:
+        raise errors.ParityError(f"weights: the table names {', '.join(twice)} of {side} twice")

@@ -1,0 +1,9 @@
+"""Linen modules, each beside the pure function that it wraps."""
+
+from jaxnets.layers.batch_norm import BatchNorm as BatchNorm
+from jaxnets.layers.batch_norm import batch_moments as batch_moments
+from jaxnets.layers.conv import Conv as Conv
+from jaxnets.layers.conv import conv2d as conv2d
+from jaxnets.layers.dropout import Dropout as Dropout
+from jaxnets.layers.dropout import dropout as dropout
+from jaxnets.ops.partition import constrain as constrain

@@ -1,0 +1,95 @@
+"""Batch normalisation over the global batch (Ioffe & Szegedy 2015, arXiv 1502.03167).
+
+Sums, centred sums of squares and counts are added over the devices, rows that only fill up a batch
+don't count, and the running variance is the unbiased one, as in PyTorch. `flax.linen.BatchNorm`
+averages the devices' means, knows no such rows, and keeps the biased variance.
+"""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxnets.ops.partition import data_sum
+from jaxnets.typing import Array
+
+
+def batch_moments(x: Array, mask: Array | None = None) -> tuple[Array, Array, Array]:
+    """Mean and biased variance of each channel over the global batch.
+
+    The mean comes first and the squares are taken around it: the difference of two large numbers in
+    "mean of squares less square of mean" would cost float32 its last digits.
+
+    Args:
+        x: `[B, ..., C]`, floating.
+        mask: boolean `[B]`, false for rows that don't count.
+
+    Returns:
+        mean `[C]`, variance `[C]` and the count of elements behind them `[]`, in at least float32.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    x = x.astype(dtype)
+    axes = tuple(range(x.ndim - 1))  # all but the channels
+    per_row = math.prod(x.shape[1:-1])
+    if mask is None:
+        keep = jnp.ones((1,) * x.ndim, bool)
+        rows = jnp.asarray(x.shape[0], dtype)
+    else:
+        keep = mask.reshape(mask.shape + (1,) * (x.ndim - 1))
+        rows = jnp.sum(mask, dtype=dtype)
+    count, total = data_sum((rows * per_row, jnp.sum(jnp.where(keep, x, 0), axes)))
+    mean = total / jnp.maximum(count, 1)
+    centred = jnp.where(keep, x - _along_channels(mean, x), 0)
+    squares = data_sum(jnp.sum(centred * centred, axes))
+    return mean, squares / jnp.maximum(count, 1), count
+
+
+def _along_channels(values: Array, x: Array) -> Array:
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with running statistics in the collection "batch_stats".
+
+    Attributes:
+        momentum: share of the running statistics that an update keeps; 0.9 is PyTorch's 0.1.
+        epsilon: added to the variance.
+        dtype: of the output; the input's by default. Statistics are in at least float32.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """Normalise by the batch in training, by the running statistics otherwise.
+
+        Args:
+            x: `[B, ..., C]`.
+            train: whether this is training.
+            mask: boolean `[B]`, false for rows that don't count.
+
+        Returns:
+            `[B, ..., C]`.
+        """
+        width = x.shape[-1:]
+        mean_var = self.variable("batch_stats", "mean", jnp.zeros, width)
+        var_var = self.variable("batch_stats", "var", jnp.ones, width)
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        if train:
+            mean, var, count = batch_moments(x, mask)
+            if not self.is_initializing():
+                unbiased = var * (count / jnp.maximum(count - 1, 1))
+                # A micro-batch of fill-up rows alone has nothing to say.
+                weight = jnp.where(count > 0, 1 - self.momentum, 0)
+                mean_var.value += weight * (mean - mean_var.value)
+                var_var.value += weight * (unbiased - var_var.value)
+        else:
+            mean, var = mean_var.value, var_var.value
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        factor = _along_channels(scale / jnp.sqrt(var + self.epsilon), x)
+        y = (x.astype(dtype) - _along_channels(mean, x)) * factor + _along_channels(bias, x)
+        return y.astype(self.dtype or x.dtype)

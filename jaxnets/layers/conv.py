@@ -1,0 +1,85 @@
+"""Two-dimensional convolution."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxnets.typing import Array
+
+Padding = str | int | tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv2d(
+    x: Array, kernel: Array, *, strides: tuple[int, int] = (1, 1), padding: Padding = "VALID"
+) -> Array:
+    """Cross-correlation of images with a kernel, as deep learning calls a convolution.
+
+    Args:
+        x: `[B, H, W, C]`.
+        kernel: `[height, width, C, features]`.
+        strides: steps between outputs, in pixels.
+        padding: "VALID", "SAME", the pixels on every side (as PyTorch's `padding=1`), or
+            `((top, bottom), (left, right))`.
+
+    Returns:
+        `[B, H', W', features]`.
+
+    Raises:
+        ValueError: if the ranks or channels don't fit, the padding is unknown, or the output would
+            be empty.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"conv2d takes [B, H, W, C] and [height, width, C, features], "
+            f"not {x.shape} and {kernel.shape}"
+        )
+    if isinstance(padding, str):
+        if padding not in ("VALID", "SAME"):
+            raise ValueError(f"padding is 'VALID', 'SAME' or pixels, not {padding!r}")
+        pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    else:
+        pads = [(padding, padding)] * 2 if isinstance(padding, int) else list(padding)
+    padded = [n + low + high for n, (low, high) in zip(x.shape[1:3], pads, strict=True)]
+    if any(n < k for n, k in zip(padded, kernel.shape[:2], strict=True)):
+        raise ValueError(
+            f"a {kernel.shape[:2]} kernel leaves nothing of an image of shape {tuple(x.shape[1:3])}"
+        )
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nn.Module):
+    """`conv2d` with a learnt kernel and bias.
+
+    Attributes:
+        features: channels of the output.
+        kernel_size: height and width of the kernel, in pixels.
+        strides: steps between outputs, in pixels.
+        padding: as in `conv2d`.
+        use_bias: whether a bias is added.
+        dtype: of the computation; that of input and parameters by default.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = "VALID"
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Convolve; x is `[B, H, W, C]`, the result `[B, H', W', features]`."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        dtype = self.dtype or jnp.result_type(x, kernel)
+        y = conv2d(
+            x.astype(dtype), kernel.astype(dtype), strides=self.strides, padding=self.padding
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(dtype)[None, None, None]
+        return y

@@ -1,0 +1,67 @@
+"""Losses of classification, one number for each example."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxnets.typing import Array
+
+
+def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: float = 0.0) -> Array:
+    """Negative log-likelihood of the label under a softmax.
+
+    `-sum_v q_v log softmax(logits)_v`, where q is 1 at the label; smoothed, it is
+    `1 - label_smoothing` there and `label_smoothing / V` is added everywhere (Szegedy et al. 2016,
+    arXiv 1512.00567; the convention of PyTorch).
+
+    Args:
+        logits: `[..., V]`.
+        labels: integers `[...]` in [0, V). Another label gives NaN, which stops training, where an
+            index out of range would train on silently.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        `[...]`, in at least float32.
+
+    Raises:
+        ValueError: if label_smoothing is outside of [0, 1].
+
+    Example:
+        >>> loss = softmax_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3]))
+        >>> [round(x, 4) for x in loss.tolist()]
+        [1.3863, 1.3863]
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing lies in [0, 1]; this one is {label_smoothing}")
+    chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
+    chex.assert_rank(logits, labels.ndim + 1)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_probs = jax.nn.log_softmax(logits)
+    # In int32: bytes would count 300 classes as 0 to 255, 0 to 43.
+    is_label = labels[..., None] == jax.lax.broadcasted_iota(
+        jnp.int32, log_probs.shape, log_probs.ndim - 1
+    )
+    loss = -jnp.sum(jnp.where(is_label, log_probs, 0), axis=-1)
+    if label_smoothing:
+        uniform = -jnp.mean(log_probs, axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    return jnp.where(jnp.any(is_label, axis=-1), loss, jnp.nan)
+
+
+def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
+    """Negative log-likelihood of independent yes-or-no labels under a sigmoid.
+
+    `max(x, 0) - x y + log(1 + exp(-|x|))`, which neither overflows nor cancels.
+
+    Args:
+        logits: `[...]`.
+        labels: `[...]`, in [0, 1].
+
+    Returns:
+        `[...]`, in at least float32.
+    """
+    chex.assert_equal_shape([logits, labels])
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    labels = labels.astype(logits.dtype)
+    # softplus keeps a gradient at 0, where max and abs would lose half of it.
+    return jax.nn.softplus(logits) - logits * labels

@@ -1,0 +1,9 @@
+"""Models, one file for each family; every one is called as
+
+`model.apply(variables, image, train=..., rows=..., mask=...)`.
+"""
+
+from jaxnets.models.convnet import convnet as convnet
+from jaxnets.models.functional import functional as functional
+from jaxnets.models.lenet import lenet as lenet
+from jaxnets.models.mlp import mlp as mlp

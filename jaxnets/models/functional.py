@@ -1,0 +1,58 @@
+"""A Linen module as two pure functions, which is all that training knows of a model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxnets.typing import Array, Params, PyTree
+
+
+def functional(
+    model: nn.Module, example: jax.ShapeDtypeStruct
+) -> tuple[Callable[[Array], tuple[Params, PyTree]], Callable[..., tuple[Array, PyTree]]]:
+    """Split a module into its parameters' start and its computation.
+
+    Args:
+        model: called as `model(x, train=..., rows=..., mask=...)`.
+        example: shape and dtype of its input; the shape counts, its content doesn't.
+
+    Returns:
+        `init_fn(key) -> (params, model_state)` and
+        `apply_fn(params, model_state, x, *, train, key=None, rows=None, mask=None) -> (output,
+        model_state)`. model_state holds every collection but the parameters, and is {} if there is
+        none; only training changes it. key is for dropout.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnets.models
+        >>> image = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+        >>> init_fn, apply_fn = functional(jaxnets.models.mlp(num_classes=3), image)
+        >>> params, model_state = init_fn(jax.random.key(0))
+        >>> apply_fn(params, model_state, jnp.ones((5, 8, 8, 1)), train=False)[0].shape
+        (5, 3)
+    """
+
+    def init_fn(key: Array) -> tuple[Params, PyTree]:
+        variables = dict(model.init(key, jax.numpy.zeros(example.shape, example.dtype)))
+        return variables.pop("params"), variables
+
+    def apply_fn(
+        params: Params,
+        model_state: PyTree,
+        x: Array,
+        *,
+        train: bool,
+        key: Array | None = None,
+        rows: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        variables = {"params": params, **model_state}
+        rngs: Any = {} if key is None else {"dropout": key}
+        arguments = {"train": train, "rows": rows, "mask": mask, "rngs": rngs}
+        if not train or not model_state:
+            return model.apply(variables, x, **arguments), model_state
+        output, changed = model.apply(variables, x, **arguments, mutable=list(model_state))
+        return output, dict(changed)
+
+    return init_fn, apply_fn

@@ -1,0 +1,9 @@
+"""Pure array functions that several packages share."""
+
+from jaxnets.ops.hash import row_bits as row_bits
+from jaxnets.ops.images import normalize_images as normalize_images
+from jaxnets.ops.partition import constrain as constrain
+from jaxnets.ops.partition import data_axis as data_axis
+from jaxnets.ops.partition import data_sum as data_sum
+from jaxnets.ops.pooling import avg_pool as avg_pool
+from jaxnets.ops.pooling import max_pool as max_pool

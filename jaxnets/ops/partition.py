@@ -1,0 +1,78 @@
+"""What the code of a model may know of the devices: how to sum over them, and what to spread.
+
+A strategy of `jaxnets.train` sets a context while it traces the step; outside of it both functions
+do nothing, so a model runs alone as it stands.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxnets.typing import Array, PyTree
+
+_axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("data_axis", default=None)
+_rules: contextvars.ContextVar[tuple[Mesh, Mapping[str, str | None]] | None] = (
+    contextvars.ContextVar("activation_rules", default=None)
+)
+
+
+@contextlib.contextmanager
+def data_axis(name: str | None) -> Iterator[None]:
+    """While this is open, `data_sum` adds over the mapped axis of that name (None: over nothing)."""
+    token = _axis.set(name)
+    try:
+        yield
+    finally:
+        _axis.reset(token)
+
+
+@contextlib.contextmanager
+def activation_rules(mesh: Mesh, rules: Mapping[str, str | None]) -> Iterator[None]:
+    """While this is open, `constrain` spreads named axes over the mesh axes that `rules` gives."""
+    token = _rules.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def data_sum(tree: PyTree) -> PyTree:
+    """Add every leaf over the devices that hold the parts of a batch.
+
+    Under `jit` arrays are global and this does nothing; under `pmap` it is `lax.psum`.
+    """
+    name = _axis.get()
+    return tree if name is None else lax.psum(tree, name)
+
+
+def row_offset(num_rows: int) -> Array | int:
+    """The place in the global batch of this device's first row, of `num_rows` on each device."""
+    name = _axis.get()
+    return 0 if name is None else lax.axis_index(name) * num_rows
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Say what the axes of an activation are, so that a strategy can spread it over devices.
+
+    Args:
+        x: `[...]` with one axis for each name.
+        *axes: "batch", "time", "model", ... or None for an axis that is never spread.
+
+    Returns:
+        x, `[...]`.
+
+    Raises:
+        ValueError: if there are not as many names as axes.
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axis names for an array of shape {x.shape}")
+    context = _rules.get()
+    if context is None:
+        return x
+    mesh, rules = context
+    spec = PartitionSpec(*(None if axis is None else rules.get(axis) for axis in axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

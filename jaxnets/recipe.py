@@ -1,0 +1,104 @@
+"""What an experiment is, as plain values: every command works on this."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxnets import errors
+
+if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Optax
+    import numpy as np
+    import optax
+
+    from jaxnets.typing import EvalFn, LossFn, WeightsFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Model, loss, optimizer, data and metrics; nothing is started by making one.
+
+    Attributes:
+        name: of the experiment.
+        init_fn: `init_fn(key) -> (params, model_state)`.
+        loss_fn: `loss_fn(params, model_state, batch, *, key) -> (terms, model_state, metrics)`, as
+            `jaxnets.train.make_train_step` takes it.
+        eval_fn: `eval_fn(params, model_state, batch) -> {name: metric}`.
+        tx: the optimizer.
+        train: arrays `{name: [N, ...]}` to learn from.
+        test: arrays `{name: [M, ...]}` to evaluate on.
+        num_positions: how many examples the whole run draws, over all epochs.
+        batch_size: examples in a global batch.
+        accumulate: micro-batches in a batch.
+        seed: of the parameters, the order and all randomness.
+        weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
+        coefficients: of the loss's terms; 1 by default.
+        eval_batch_size: examples in a global batch of evaluation.
+        monitor: the metric of evaluation by which the best checkpoint is chosen.
+        maximize: whether a greater value of it is better.
+        torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
+            the duel alone; None if there is none.
+        torch_arguments: what that function is called with.
+    """
+
+    name: str
+    init_fn: "Callable[..., Any]"
+    loss_fn: "LossFn"
+    eval_fn: "EvalFn"
+    tx: "optax.GradientTransformation"
+    train: "Mapping[str, np.ndarray]"
+    test: "Mapping[str, np.ndarray]"
+    num_positions: int
+    batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    weights_fn: "WeightsFn | None" = None
+    coefficients: Mapping[str, float] | None = None
+    eval_batch_size: int = 512
+    monitor: str = "accuracy"
+    maximize: bool = True
+    torch_reference: str | None = None
+    torch_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """N, the size of the training set."""
+        return len(next(iter(self.train.values())))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return math.ceil(self.num_positions / self.batch_size)
+
+
+def count_positions(
+    num_examples: int, batch_size: int, *, epochs: float, steps: int | None = None
+) -> int:
+    """How many examples a run draws.
+
+    Args:
+        num_examples: N.
+        batch_size: B, from 1 to N.
+        epochs: passes over the data, above 0; a part of one is allowed.
+        steps: if given, the run is this many steps long, whatever `epochs` says.
+
+    Raises:
+        ConfigError: if one of them is out of range.
+
+    Example:
+        >>> count_positions(1000, 128, epochs=2), count_positions(1000, 128, epochs=2, steps=3)
+        (2000, 384)
+    """
+    if batch_size < 1:
+        raise errors.ConfigError(f"the batch size must be at least 1, not {batch_size}")
+    if batch_size > num_examples:
+        raise errors.ConfigError(
+            f"batch size {batch_size} is larger than the training set of {num_examples} examples"
+        )
+    if steps is not None:
+        if steps < 1:
+            raise errors.ConfigError(f"steps must be at least 1, not {steps}")
+        return steps * batch_size
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise errors.ConfigError(f"epochs must be a finite number above 0, not {epochs}")
+    return max(1, round(epochs * num_examples))

@@ -1,0 +1,51 @@
+"""The curves of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def draw_curves(rows: Sequence[Mapping[str, float | None]], path: Path, *, title: str = "") -> None:
+    """Draw every metric over the steps, training and evaluation of one metric in one panel.
+
+    Args:
+        rows: of metrics.jsonl.
+        path: the PNG to write.
+        title: above the panels.
+    """
+    names = list(dict.fromkeys(name.removeprefix("eval/") for row in rows for name in row))
+    names = [name for name in names if name not in ("step", "epoch", "count")]
+    names.sort(key=lambda name: name not in ("loss", "accuracy"))  # those two first
+    # A figure without pyplot has no global state and opens no window.
+    figure = Figure(figsize=(4.5 * max(len(names), 1), 3.6), layout="constrained")
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=False):
+        steps, values = _series(rows, name)
+        if steps:
+            panel.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+            panel.plot(steps, _smooth(values), color="tab:blue", label="training")
+        steps, values = _series(rows, f"eval/{name}")
+        if steps:
+            panel.plot(steps, values, "o-", color="tab:orange", markersize=4, label="test")
+        panel.set(xlabel="step", title=name)
+        panel.grid(alpha=0.3)
+        if panel.lines:  # a metric may be None throughout
+            panel.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _series(rows: Sequence[Mapping[str, float | None]], name: str) -> tuple[list, list]:
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """An exponential average over about a twentieth of the curve, corrected for its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    smoothed, average, weight = [], 0.0, 0.0
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(average / weight)
+    return smoothed

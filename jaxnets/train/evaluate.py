@@ -1,0 +1,60 @@
+"""Evaluation that counts every example exactly once, on any number of devices."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.ops.partition import data_axis, data_sum
+from jaxnets.train.state import TrainState
+from jaxnets.typing import Batch, EvalFn, PyTree
+
+
+def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable[..., PyTree]:
+    """Make `step(state, batch) -> sums` over the global batch.
+
+    Args:
+        eval_fn: `eval_fn(params, model_state, batch) -> {name: metric}`; metrics are pytrees of sums
+            with `compute()`, over the rows that `batch["mask"]` has.
+        axis_name: the mapped axis under `pmap`.
+
+    Returns:
+        the step; its sums hold the metrics and "count", the number of rows.
+    """
+
+    def step(state: TrainState, batch: Batch) -> PyTree:
+        with data_axis(axis_name):
+            params = state.params if state.ema is None else state.ema
+            sums = dict(eval_fn(params, state.model_state, batch))
+            sums["count"] = jnp.sum(batch["mask"], dtype=jnp.int32)
+            return data_sum(sums)
+
+    return step
+
+
+def evaluate(
+    eval_step: Callable[..., PyTree], state: TrainState, batches: Sequence[Any]
+) -> dict[str, float | int]:
+    """Evaluate over all batches.
+
+    Sums of the batches are added on the host, in float64 and int64, and divided once.
+
+    Args:
+        eval_step: compiled, `eval_step(state, batch_or_draw) -> sums`.
+        state: read only.
+        batches: an indexable sequence of batches or draws, with masks.
+
+    Returns:
+        each metric's value, and "count", the number of examples.
+    """
+    parts = [eval_step(state, batches[i]) for i in range(len(batches))]
+
+    def add(*leaves: Any) -> np.ndarray:
+        stacked = np.stack([np.asarray(leaf) for leaf in leaves])
+        return stacked.sum(0, dtype=np.float64 if stacked.dtype.kind == "f" else np.int64)
+
+    sums = jax.tree.map(add, *jax.device_get(parts))
+    count = int(sums.pop("count"))
+    return {name: float(metric.compute()) for name, metric in sums.items()} | {"count": count}

@@ -1,0 +1,211 @@
+"""Hooks: what happens beside the steps. Each is called as `hook(step, state, metrics)`."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxnets.train.checkpoint import Checkpoints
+from jaxnets.train.loop import StepMetrics
+from jaxnets.train.metrics_log import MetricsLog
+from jaxnets.train.state import TrainState
+
+
+@dataclasses.dataclass
+class LogMetrics:
+    """Write the step's metrics every so many steps, and those of the last step.
+
+    Attributes:
+        log: where to.
+        every: steps between two lines, at least 1.
+        num_steps: of the whole run.
+        steps_per_epoch: to say in which epoch a step lies.
+    """
+
+    log: MetricsLog
+    every: int
+    num_steps: int
+    steps_per_epoch: float
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Write if this is such a step."""
+        if step % self.every == 0 or step == self.num_steps:
+            self.log.write(step, {"epoch": round(step / self.steps_per_epoch, 6), **metrics.read()})
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluate every so many steps, and after the last one.
+
+    Attributes:
+        evaluate: `evaluate(state) -> {name: value}`.
+        log: where the values are written, as "eval/NAME".
+        is_due: `is_due(step)`.
+        results: of the evaluations so far, by step.
+        seconds: how long they took.
+    """
+
+    evaluate: Callable[[TrainState], Mapping[str, float]]
+    log: MetricsLog
+    is_due: Callable[[int], bool]
+    results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Evaluate if this is such a step."""
+        if not self.is_due(step):
+            return
+        metrics.read()  # a state that a faulty step left as it was is not this step's state
+        start = time.perf_counter()
+        values = dict(self.evaluate(state))
+        self.results[step] = values
+        self.log.write(step, {f"eval/{name}": value for name, value in values.items()})
+        self.seconds += time.perf_counter() - start
+
+
+@dataclasses.dataclass
+class SaveCheckpoint:
+    """Save every so many steps, and after the last one.
+
+    Attributes:
+        checkpoints: where to.
+        log: made safe on the disk before each save, so that no row before a checkpoint is lost.
+        is_due: `is_due(step)`.
+        score: `score(step)` is that step's value of the monitored metric, or None.
+        extra: `extra()` is saved beside the state.
+    """
+
+    checkpoints: Checkpoints
+    log: MetricsLog
+    is_due: Callable[[int], bool]
+    score: Callable[[int], float | None]
+    extra: Callable[[], Mapping[str, Any]]
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Save if this is such a step; raise the error of an earlier save that has failed."""
+        self.checkpoints.check()
+        if self.is_due(step):
+            self.save(step, state, metrics)
+
+    def save(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Save this step."""
+        metrics.read()
+        self.log.sync()
+        self.checkpoints.save(state, score=self.score(step), extra=self.extra())
+
+
+class StopOnSignal:
+    """Stop after the step in which SIGTERM or SIGINT arrived; the second one kills as usual.
+
+    Attributes:
+        signal: the number of the signal that arrived, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> str | None:
+        """The reason to stop, if a signal arrived."""
+        return None if self.signal is None else signal.Signals(self.signal).name
+
+    @contextmanager
+    def installed(self) -> Iterator["StopOnSignal"]:
+        """Listen while this is open."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        old = {number: signal.getsignal(number) for number in numbers}
+
+        def listen(number: int, _: object) -> None:
+            self.signal = number
+            signal.signal(number, old[number])
+
+        for number in numbers:
+            signal.signal(number, listen)
+        try:
+            yield self
+        finally:
+            for number in numbers:
+                signal.signal(number, old[number])
+
+
+class ShowProgress:
+    """A progress bar on a terminal, plain lines otherwise.
+
+    Args:
+        num_steps: of the whole run.
+        batch_size: examples in a step.
+        evaluate: whose newest results are shown.
+        unit: what an example is called.
+        every_s: seconds between plain lines.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        batch_size: int,
+        evaluate: Evaluate,
+        *,
+        unit: str = "images",
+        every_s: float = 5.0,
+        console: Console | None = None,
+    ):
+        self._num_steps, self._batch_size, self._unit = num_steps, batch_size, unit
+        self._evaluate = evaluate
+        self._console = console or Console(stderr=True)
+        self._every_s = 0.2 if self._console.is_terminal else every_s
+        self._mark: tuple[float, int, float] | None = None
+        self._printed = -1
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=num_steps, status="compiling")
+
+    def __enter__(self) -> "ShowProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Show the step, if there is news or the last showing is old enough."""
+        now = time.perf_counter()
+        self._print_evaluations()
+        if self._mark is None:  # the first step compiles: the clock starts behind it
+            self._mark = (now, step, self._evaluate.seconds)
+            return
+        then, before, evaluating = self._mark
+        if now - then < self._every_s and step < self._num_steps:
+            return
+        seconds = max(now - then - (self._evaluate.seconds - evaluating), 1e-9)
+        speed = (step - before) * self._batch_size / seconds
+        loss = metrics.read()["loss"]
+        left = (self._num_steps - step) * self._batch_size / max(speed, 1e-9)
+        status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s"
+        self._bar.update(self._task, completed=step, status=status)
+        if not self._console.is_terminal:
+            self._say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
+        self._mark = (now, step, self._evaluate.seconds)
+
+    def _print_evaluations(self) -> None:
+        for step in [s for s in self._evaluate.results if s > self._printed]:
+            values = self._evaluate.results[step]
+            shown = "  ".join(
+                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4f}"
+                for name, value in values.items()
+            )
+            self._say(f"step {step}/{self._num_steps}  evaluation: {shown}")
+            self._printed = step
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)

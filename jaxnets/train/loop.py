@@ -1,0 +1,148 @@
+"""The training loop: one function, in the order in which things happen."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxnets import errors
+from jaxnets.train.state import TrainState
+from jaxnets.typing import Hook
+
+
+class StepMetrics:
+    """The metrics of one step, read from the device when somebody asks.
+
+    Args:
+        step: the number of the step, from 1.
+        values: scalars on the device.
+        index: `[B]`, the examples of the batch, where that is known.
+    """
+
+    def __init__(self, step: int, values: Mapping[str, Any], index: Any = None):
+        self.step = step
+        self._values = values
+        self._index = index
+        self._read: dict[str, float] | None = None
+
+    def read(self) -> dict[str, float]:
+        """Wait for the step and return its metrics as numbers.
+
+        Raises:
+            NonFiniteError: if this step or an earlier one was not applied.
+        """
+        if self._read is None:
+            self.check()
+            self._read = {k: v.item() for k, v in jax.device_get(dict(self._values)).items()}
+            self._read.pop("guard", None)
+        return self._read
+
+    def check(self) -> None:
+        """Wait for the step and raise NonFiniteError if it was not applied."""
+        guard = int(self._values.get("guard", -1))
+        if guard < 0:
+            return
+        loss, norm = (float(self._values[name]) for name in ("loss", "grad_norm"))
+        which = ""
+        if self._index is not None and guard == self.step - 1:
+            shown = ", ".join(str(i) for i in self._index[:8])
+            which = f"; its batch has the examples {shown}{', ...' if len(self._index) > 8 else ''}"
+        raise errors.NonFiniteError(
+            f"step {guard + 1} was not applied: its loss is {loss:.6g} and the norm of its gradients "
+            f"{norm:.6g}{which}; try a lower learning rate"
+        )
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the time of a loop went, in seconds.
+
+    Attributes:
+        compile: the first step, nearly all of which is tracing and compilation.
+        data: waiting for batches.
+        step: dispatching steps and waiting for them.
+        hooks: everything that hooks did.
+        steps: how many steps `data` and `step` are about; the first isn't one of them.
+    """
+
+    compile: float = 0.0
+    data: float = 0.0
+    step: float = 0.0
+    hooks: float = 0.0
+    steps: int = 0
+
+    @property
+    def train(self) -> float:
+        """Time spent on training itself."""
+        return self.data + self.step
+
+    @property
+    def data_wait_share(self) -> float:
+        """The part of the training time that was spent waiting for data."""
+        return self.data / self.train if self.train else 0.0
+
+
+def fit(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
+    state: TrainState,
+    batches: Sequence[Any],
+    *,
+    hooks: Sequence[Hook] = (),
+    clock: Clock | None = None,
+) -> tuple[TrainState, str | None]:
+    """Train from `state.step` to the end of `batches`.
+
+    The position in the data follows from the state alone, so a restored state goes on exactly.
+
+    Args:
+        train_step: compiled, `train_step(state, batch) -> (state, metrics)`.
+        state: used up.
+        batches: `batches[i]` is the batch, or the draw, of step i.
+        hooks: each is called after every step as `hook(step, state, metrics)`: the number of steps
+            done, the state after them, and `StepMetrics`. It may read the state but not keep it. If it
+            returns a string the run stops there.
+        clock: where to add up the time.
+
+    Returns:
+        the state, and the reason why a hook stopped the run, or None.
+
+    Raises:
+        NonFiniteError: if the loss or the gradients of a step weren't finite.
+    """
+    clock = clock or Clock()
+    first = int(state.step)
+    previous = None
+    for i in range(first, len(batches)):
+        start = time.perf_counter()
+        # 1. Draw the batch.
+        batch = batches[i]
+        drawn = time.perf_counter()
+        # 2. Dispatch the step; it runs while we go on.
+        state, values = train_step(state, batch)
+        index = batch.get("index") if isinstance(batch, Mapping) else None
+        metrics = StepMetrics(i + 1, values, index)
+        # 3. Read the previous step's guard: one step late, so that the device always has work.
+        if previous is not None:
+            previous.check()
+        previous = metrics
+        if i == first:
+            jax.block_until_ready(values)
+        stepped = time.perf_counter()
+        # 4. Call the hooks.
+        reasons = [hook(i + 1, state, metrics) for hook in hooks]
+        stop = next((reason for reason in reasons if reason), None)
+        if i == first:
+            clock.compile += stepped - start
+        else:
+            clock.data += drawn - start
+            clock.step += stepped - drawn
+            clock.steps += 1
+        clock.hooks += time.perf_counter() - stepped
+        if stop:
+            metrics.check()
+            return state, stop
+    if previous is not None:
+        previous.check()
+    return state, None

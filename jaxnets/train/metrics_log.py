@@ -1,0 +1,112 @@
+"""The metrics of a run in three forms: JSON lines, a table, and TensorBoard events.
+
+`metrics.jsonl` is the record; it holds no times, so that two runs which compute the same write the
+same bytes. `metrics.csv` is the same as a table, and both are cut back to the restored step when a run
+is resumed. TensorBoard hides by itself what a resumed run wrote before.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from tensorboardX import SummaryWriter
+
+from jaxnets import errors
+from jaxnets.train.checkpoint import write_atomically
+
+Row = dict[str, float | None]
+
+
+class MetricsLog:
+    """Open the log of a run for writing after a step.
+
+    Args:
+        folder: of the run; it exists.
+        step: the step that the run goes on from; rows behind it are taken out.
+    """
+
+    def __init__(self, folder: Path, *, step: int):
+        self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
+        self._columns: list[str] = []
+        self.rows = _rows_until(self._jsonl, step)
+        write_atomically(self._jsonl, "".join(_line(row) for row in self.rows))
+        self._rewrite_table()
+        self._lines: IO[str] = self._jsonl.open("a")
+        self._table: IO[str] = self._csv.open("a", newline="")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
+        row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+        self.rows.append(row)
+        if set(row) <= set(self._columns):
+            self._table.write(self._cells(row))
+            self._table.flush()
+        else:
+            self._table.close()
+            self._rewrite_table()
+            self._table = self._csv.open("a", newline="")
+        self._lines.write(_line(row))
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make sure that even a power cut loses none of the rows so far."""
+        for file in (self._lines, self._table):
+            file.flush()
+            os.fsync(file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Sync and close the files."""
+        self.sync()
+        self._lines.close()
+        self._table.close()
+        self._events.close()
+
+    def _rewrite_table(self) -> None:
+        self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]
+        header = self._cells(dict(zip(self._columns, self._columns, strict=True)))
+        write_atomically(self._csv, header + "".join(self._cells(row) for row in self.rows))
+
+    def _cells(self, row: Mapping[str, float | str | None]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self._columns])
+        return text.getvalue()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that a kill cut off is left out.
+
+    Raises:
+        ConfigError: if another line can't be read.
+    """
+    rows: list[Row] = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row.pop("step")), **row})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number == len(lines):
+                break
+            raise errors.ConfigError(f"{path}, line {number}: not a row of metrics") from None
+    return rows
+
+
+def _rows_until(path: Path, step: int) -> list[Row]:
+    return [row for row in read_rows(path) if row["step"] <= step]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _line(row: Mapping[str, float | None]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

@@ -1,0 +1,255 @@
+"""Where arrays lie, and how a step is compiled for several devices.
+
+One step function runs under both strategies. "jit" gives XLA global arrays with shardings, from which
+it derives the communication; "pmap" runs the step on each device's part of the batch, with explicit
+sums. Both take and return the same state, so checkpoints, evaluation and hooks can't tell them apart.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxnets import errors
+from jaxnets.ops.partition import activation_rules
+from jaxnets.typing import Array, PyTree
+
+AXIS = "data"
+STRATEGIES = ("jit", "pmap")
+
+Rules = Sequence[tuple[str, P]]
+"""Ordered (pattern, spec): a leaf takes the spec of the first pattern that is found in its path."""
+
+REPLICATED: Rules = ((".*", P()),)
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh of one axis, "data", over the first devices.
+
+    Args:
+        num_devices: how many; all of them by default.
+
+    Raises:
+        ConfigError: if there are fewer devices than that.
+    """
+    devices = jax.devices()
+    if num_devices is None:
+        num_devices = len(devices)
+    if not 1 <= num_devices <= len(devices):
+        raise errors.ConfigError(
+            f"{num_devices} devices asked for; there are {len(devices)} ({devices[0].platform}). "
+            f"On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(num_devices, 1)} "
+            "makes more"
+        )
+    return jax.make_mesh(
+        (num_devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:num_devices]
+    )
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as the rules see it, such as "params/conv1/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+    """The sharding of every leaf.
+
+    Args:
+        tree: arrays, or shapes.
+        rules: ordered (pattern, spec); patterns are searched for in `path_of` the leaf.
+        mesh: the devices.
+
+    Returns:
+        a tree of NamedSharding.
+
+    Raises:
+        ValueError: if no pattern is found in a leaf's path, or its spec has more axes than the leaf.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_of(path)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                if len(spec) > len(leaf.shape):
+                    raise ValueError(f"the rule {pattern!r} gives {name} {leaf.shape} {spec}")
+                return NamedSharding(mesh, spec)
+        raise ValueError(f"no sharding rule for {name}")
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How training runs on the devices of a mesh; make one with `make_strategy`.
+
+    Attributes:
+        name: "jit" or "pmap".
+        mesh: the devices.
+        rules: where the leaves of the state lie.
+        use_jit: false to run eagerly, for debugging.
+    """
+
+    name: str
+    mesh: Mesh
+    rules: Rules = REPLICATED
+    use_jit: bool = True
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the batch is spread over."""
+        return self.mesh.size
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Put a copy of every array on each device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def init(self, make_state: Callable[[], PyTree]) -> PyTree:
+        """Make the state where it belongs; no device ever holds more than its part."""
+        shardings = shard_by_rules(jax.eval_shape(make_state), self.rules, self.mesh)
+        return jax.jit(make_state, out_shardings=shardings)()
+
+    def abstract(self, make_state: Callable[[], PyTree]) -> PyTree:
+        """Shapes, dtypes and shardings of the state, without making it."""
+        shapes = jax.eval_shape(make_state)
+        shardings = shard_by_rules(shapes, self.rules, self.mesh)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+
+    def compile_step(
+        self, make_step: Callable[..., Callable], arrays: Mapping[str, Any] | None = None
+    ) -> Callable[[PyTree, Mapping[str, Any]], tuple[PyTree, Any]]:
+        """Compile a step that changes the state.
+
+        Args:
+            make_step: `make_step(axis_name=...)` returns `step(state, batch) -> (state, metrics)`,
+                whose metrics are the same on every device.
+            arrays: a data set `{name: [N, ...]}` to keep on the devices. With it the result takes
+                draws, `{"index": [B], ...}`, instead of batches, and gathers the rows on the device.
+
+        Returns:
+            `step(state, batch_or_draw) -> (state, metrics)`. The state that goes in is used up.
+        """
+        return self._compile(make_step, arrays, returns_state=True)
+
+    def compile_eval(
+        self, make_step: Callable[..., Callable], arrays: Mapping[str, Any] | None = None
+    ) -> Callable[[PyTree, Mapping[str, Any]], Any]:
+        """Compile a step that only reads the state: `step(state, batch_or_draw) -> sums`."""
+        return self._compile(make_step, arrays, returns_state=False)
+
+    def _compile(
+        self,
+        make_step: Callable[..., Callable],
+        arrays: Mapping[str, Any] | None,
+        returns_state: bool,
+    ) -> Callable:
+        resident = self.replicate(dict(arrays or {}))
+        has_arrays = arrays is not None
+        is_pmap = self.name == "pmap"
+        step = make_step(axis_name=AXIS if is_pmap else None)
+        rows = NamedSharding(self.mesh, P(AXIS))
+
+        def body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
+            batch = gather_rows(resident, draw) if has_arrays else draw
+            if is_pmap:
+                return step(state, batch)
+            batch = jax.lax.with_sharding_constraint(batch, rows)
+            with activation_rules(self.mesh, {"batch": AXIS}):
+                out = step(state, batch)
+            if not returns_state:
+                return out
+            shardings = shard_by_rules(out[0], self.rules, self.mesh)
+            return jax.lax.with_sharding_constraint(out[0], shardings), out[1]
+
+        donated = (0,) if returns_state else ()
+        if not self.use_jit:
+
+            def run_eagerly(state: PyTree, draw: Mapping[str, Any]):
+                with jax.disable_jit():
+                    return body(state, resident, jax.tree.map(jnp.asarray, dict(draw)))
+
+            return run_eagerly
+        if is_pmap:
+            mapped = jax.pmap(
+                body,
+                axis_name=AXIS,
+                in_axes=(None, None, 0),
+                out_axes=None,
+                devices=list(self.mesh.devices.flat),
+                donate_argnums=donated,
+            )
+
+            def run_mapped(state: PyTree, draw: Mapping[str, Any]):
+                parts = {name: self._split(x) for name, x in draw.items()}
+                return mapped(state, resident, parts)
+
+            return run_mapped
+        jitted = jax.jit(body, donate_argnums=donated, in_shardings=(None, None, rows))
+
+        def run(state: PyTree, draw: Mapping[str, Any]):
+            return jitted(state, resident, dict(draw))
+
+        return run
+
+    def _split(self, x: Any) -> Any:
+        return np.reshape(np.asarray(x), (self.num_devices, -1, *np.shape(x)[1:]))
+
+
+def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Array]:
+    """The batch that a draw names: the rows of every array, and the draw itself."""
+    return {name: jnp.take(x, draw["index"], axis=0) for name, x in arrays.items()} | dict(draw)
+
+
+def make_strategy(
+    name: str = "jit",
+    *,
+    num_devices: int | None = None,
+    rules: Rules = REPLICATED,
+    use_jit: bool = True,
+) -> Strategy:
+    """Choose how training runs.
+
+    Args:
+        name: "jit" or "pmap".
+        num_devices: over how many devices; all by default.
+        rules: where the leaves of the state lie; "pmap" keeps all of it on each device.
+        use_jit: false to run eagerly on one device, for debugging.
+
+    Raises:
+        ConfigError: if the name is unknown, there are too few devices, or the options don't go
+            together.
+    """
+    if name not in STRATEGIES:
+        raise errors.unknown("strategy", name, STRATEGIES)
+    if not use_jit and num_devices is None:
+        num_devices = 1
+    mesh = make_mesh(num_devices)
+    if not use_jit and (name != "jit" or mesh.size > 1):
+        raise errors.ConfigError("without jit a run uses one device and the strategy 'jit'")
+    if name == "pmap" and tuple(rules) != tuple(REPLICATED):
+        raise errors.ConfigError("the strategy 'pmap' replicates the state and takes no rules")
+    return Strategy(name, mesh, rules, use_jit)
+
+
+def check_divides(batch_size: int, num_devices: int, accumulate: int = 1) -> None:
+    """Make sure that a batch splits evenly.
+
+    Raises:
+        ConfigError: if it doesn't.
+    """
+    if accumulate < 1:
+        raise errors.ConfigError(f"accumulate must be at least 1, not {accumulate}")
+    if batch_size % (num_devices * accumulate):
+        raise errors.ConfigError(
+            f"batch size {batch_size} is not divisible by {num_devices} devices x {accumulate} "
+            "micro-batches"
+        )

@@ -1,0 +1,62 @@
+"""The state of a training run: a pytree of arrays and nothing else."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxnets.typing import Array, Params, PyTree
+
+InitFn = Callable[[Array], tuple[Params, PyTree]]
+"""`init_fn(key) -> (params, model_state)`"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes.
+
+    Attributes:
+        step: int32 `[]`, the number of steps applied.
+        params: what the optimizer changes.
+        model_state: what the model changes itself, such as running statistics; may be empty.
+        opt_state: of the Optax transformation.
+        key: the run's PRNG key; it never changes, each step folds its number in.
+        ema: an average of the params, or None.
+        guard: int32 `[]`, the step at which the loss or a gradient wasn't finite, -1 if none: from
+            then on no step is applied.
+    """
+
+    step: Array
+    params: Params
+    model_state: PyTree
+    opt_state: optax.OptState
+    key: Array
+    ema: Params | None
+    guard: Array
+
+
+def create_state(init_fn: InitFn, tx: optax.GradientTransformation, *, key: Array) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        init_fn: `init_fn(key) -> (params, model_state)`.
+        tx: the optimizer.
+        key: a PRNG key, from which both the parameters and the run's key derive.
+
+    Returns:
+        the state; on which devices is for `Strategy.init` to say.
+    """
+    init_key, run_key = jax.random.split(key)
+    params, model_state = init_fn(init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=tx.init(params),
+        key=run_key,
+        ema=None,
+        guard=jnp.full((), -1, jnp.int32),
+    )

@@ -1,0 +1,168 @@
+"""One training step as a pure function.
+
+The loss is the weighted mean over the global batch by construction: weights depend on the batch
+alone, so their sum over all devices and micro-batches is known before anything is differentiated,
+and every device differentiates its own part of the sum. Nothing is ever a mean of means.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxnets.ops.partition import data_axis, data_sum
+from jaxnets.train.state import TrainState
+from jaxnets.typing import Array, Batch, LossFn, Params, PyTree, WeightsFn
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    weights_fn: WeightsFn | None = None,
+    coefficients: Mapping[str, float] | None = None,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> Step:
+    """Make `step(state, batch) -> (state, metrics)`.
+
+    The total loss is the sum over terms of `coefficient * sum(loss * weight) / sum(weight)`, with
+    both sums over the global batch.
+
+    If the loss or the norm of the gradients isn't finite the old state is kept, its guard is set to
+    this step, and every later step is without effect.
+
+    Args:
+        loss_fn: `loss_fn(params, model_state, batch, *, key) -> (terms, model_state, metrics)`, where
+            terms maps names to losses `[B, ...]` and metrics maps names to pytrees of sums with
+            `compute()`. It knows nothing of devices.
+        tx: the optimizer.
+        weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; by default every term is weighted by
+            `batch["mask"]` (by 1 where the batch has no mask).
+        coefficients: of the terms; 1 for those that aren't named.
+        accumulate: number of micro-batches k that a device's rows are split into; micro-batch m takes
+            the rows m, m + k, m + 2 k, ..., so that no row changes device.
+        axis_name: the mapped axis over which the batch is split, under `pmap`; None under `jit`.
+
+    Returns:
+        the step. Its metrics are scalars: "loss" (the total), "loss/TERM" where there are several,
+        "grad_norm", "guard", and those of loss_fn, computed over the global batch.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1; it is {accumulate}")
+    coefficients = dict(coefficients or {})
+
+    def weighted_sums(terms: Mapping[str, Array], batch: Batch) -> dict[str, tuple[Array, Array]]:
+        """For each term the sums of loss x weight and of weight, over this part of the batch."""
+        weights = None if weights_fn is None else weights_fn(batch)
+        sums = {}
+        for name, loss in terms.items():
+            if weights is None:
+                weight = batch["mask"] if "mask" in batch else jnp.ones(loss.shape[:1], bool)
+                weight = weight.reshape(weight.shape + (1,) * (loss.ndim - weight.ndim))
+            elif name in weights:
+                weight = weights[name]
+            else:
+                raise ValueError(f"weights_fn gives no weights for the loss term {name!r}")
+            weight = jnp.broadcast_to(weight, loss.shape).astype(loss.dtype)
+            # A row of weight 0 must not enter, not even as NaN.
+            product = jnp.where(weight != 0, loss * weight, 0)
+            sums[name] = jnp.sum(product), jnp.sum(weight)
+        return sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        with data_axis(axis_name):
+            return _step(state, batch)
+
+    def _step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+
+        def forward(params: Params, model_state: PyTree, batch: Batch):
+            terms, model_state, metrics = loss_fn(params, model_state, batch, key=key)
+            return weighted_sums(terms, batch), model_state, dict(metrics)
+
+        # The weights alone: XLA drops the losses, of which only the shapes matter here.
+        shapes = jax.eval_shape(lambda p, m, b: loss_fn(p, m, b, key=key)[0],
+                                state.params, state.model_state, batch)  # fmt: skip
+        totals = {
+            name: data_sum(weight)
+            for name, (_, weight) in weighted_sums(
+                {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, batch
+            ).items()
+        }
+        scale = {
+            name: coefficients.get(name, 1.0) / jnp.where(total == 0, 1, total)
+            for name, total in totals.items()
+        }
+        _check_names(coefficients, scale)
+
+        def objective(params: Params, model_state: PyTree, batch: Batch):
+            sums, model_state, metrics = forward(params, model_state, batch)
+            parts = {name: scale[name] * total for name, (total, _) in sums.items()}
+            return sum(parts.values()), (model_state, (parts, metrics))
+
+        grad_fn = jax.grad(objective, has_aux=True)
+        if accumulate == 1:
+            grads, (model_state, sums) = grad_fn(state.params, state.model_state, batch)
+        else:
+            grads, model_state, sums = _accumulate(grad_fn, state, batch, accumulate)
+        grads, (parts, metrics) = data_sum((grads, sums))
+
+        loss = sum(parts.values())
+        grad_norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        is_first_fault = ~is_finite & (state.guard < 0)
+        guard = jnp.where(is_first_fault, state.step, state.guard).astype(jnp.int32)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+        )
+        new_state = jax.tree.map(lambda new, old: jnp.where(guard < 0, new, old), new_state, state)
+        values = {"loss": loss, "grad_norm": grad_norm, "guard": guard}
+        if len(parts) > 1:
+            values |= {f"loss/{name}": part for name, part in parts.items()}
+        values |= {name: metric.compute() for name, metric in metrics.items()}
+        return dataclasses.replace(new_state, guard=guard), values
+
+    return step
+
+
+def _accumulate(grad_fn: Callable, state: TrainState, batch: Batch, accumulate: int):
+    """Add gradients and sums over micro-batches; the model's state goes from one to the next."""
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % accumulate:
+            raise ValueError(
+                f"{x.shape[0]} rows on a device can't be split into {accumulate} micro-batches"
+            )
+        return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
+
+    def body(carry, micro):
+        added, model_state = carry
+        grads, (model_state, sums) = grad_fn(state.params, model_state, micro)
+        return (jax.tree.map(jnp.add, added, (grads, sums)), model_state), None
+
+    micros = jax.tree.map(split, dict(batch))
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(grad_fn, state.params, state.model_state, first)
+    grads, (_, sums) = shapes
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
+    # XLA runs a convolution in a loop on a CPU up to 100 times slower than outside of it.
+    unroll = accumulate if jax.default_backend() == "cpu" else 1
+    (added, model_state), _ = lax.scan(body, (zeros, state.model_state), micros, unroll=unroll)
+    return added[0], model_state, added[1]
+
+
+def _check_names(coefficients: Mapping[str, float], terms: Mapping[str, Array]) -> None:
+    unused = sorted(set(coefficients) - set(terms))
+    if unused:
+        raise ValueError(f"coefficients for {unused}, but the loss has the terms {sorted(terms)}")

@@ -1,0 +1,35 @@
+"""Eight devices, no silent broadcasting, and a count of the parity tests that were skipped."""
+
+import importlib.util
+import os
+
+# Before JAX is imported: eight devices stand in for chips. A mesh takes the first n.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("parity") and not HAS_TORCH:
+        pytest.skip("PyTorch is not installed")
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    parity = sum("PyTorch is not installed" in str(report.longrepr) for report in skipped)
+    if not hasattr(terminalreporter.config, "workerinput"):
+        terminalreporter.write_line(f"parity tests skipped: {parity}")
+
+
+@pytest.fixture
+def x64():
+    """Float64 while the test runs."""
+    with jax.enable_x64(True):
+        yield

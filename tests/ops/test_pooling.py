@@ -1,0 +1,181 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from jaxnets import ops
+
+# (H, W), window, strides: tiling, overlapping, with gaps, with a rest that no window covers.
+CASES = [
+    ((4, 6), (2, 2), None),
+    ((5, 7), (2, 2), None),
+    ((5, 7), (3, 3), (1, 1)),
+    ((6, 5), (3, 2), (2, 1)),
+    ((7, 7), (2, 2), (3, 3)),
+    ((3, 4), (3, 4), None),
+    ((4, 3), (1, 1), (2, 2)),
+    ((1, 5), (1, 2), (1, 1)),
+]
+
+
+def windows(x, window, strides):
+    """Every window of an image `[B, H, W, C]` with its place, in plain loops."""
+    strides = strides or window
+    for i in range((x.shape[1] - window[0]) // strides[0] + 1):
+        for j in range((x.shape[2] - window[1]) // strides[1] + 1):
+            top, left = i * strides[0], j * strides[1]
+            yield (i, j), (top, left), x[:, top : top + window[0], left : left + window[1]]
+
+
+def pooled(x, window, strides, reduce):
+    values = {place: reduce(part, axis=(1, 2)) for place, _, part in windows(x, window, strides)}
+    rows, columns = (max(place[axis] for place in values) + 1 for axis in (0, 1))
+    return np.stack(
+        [np.stack([values[i, j] for j in range(columns)], 1) for i in range(rows)], axis=1
+    )
+
+
+def gradient_of_max(x, window, strides, cotangent):
+    """Each window's cotangent goes to its first maximum in row-major order."""
+    grad = np.zeros_like(x)
+    for (i, j), (top, left), part in windows(x, window, strides):
+        for b in range(x.shape[0]):
+            for c in range(x.shape[3]):
+                row, column = np.unravel_index(np.argmax(part[b, :, :, c]), window)
+                grad[b, top + row, left + column, c] += cotangent[b, i, j, c]
+    return grad
+
+
+def distinct(*shape):
+    """No two values within 0.1 of each other, so that no difference quotient crosses a kink."""
+    return np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape) * 0.1
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), CASES)
+@pytest.mark.parametrize(
+    ("pool", "reduce"), [(ops.max_pool, np.max), (ops.avg_pool, np.mean)], ids=["max", "avg"]
+)
+def test_values_equal_a_loop(size, window, strides, pool, reduce, x64):
+    x = np.random.default_rng(1).normal(size=(2, *size, 3))
+    expected = pooled(x, window, strides, reduce)
+    out = pool(jnp.asarray(x), window, strides)
+    assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, expected, rtol=1e-14)
+    jitted = jax.jit(lambda x: pool(x, window, strides))(jnp.asarray(x))
+    np.testing.assert_allclose(jitted, expected, rtol=1e-14)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_window_that_fits(data):
+    side = st.integers(1, 6)
+    size = data.draw(st.tuples(side, side))
+    window = tuple(data.draw(st.integers(1, n)) for n in size)
+    strides = data.draw(st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    values = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 9, (1, *size, 2))
+    x = values.astype(np.float32)
+    np.testing.assert_array_equal(
+        ops.max_pool(jnp.asarray(x), window, strides), pooled(x, window, strides, np.max)
+    )
+    np.testing.assert_allclose(
+        ops.avg_pool(jnp.asarray(x), window, strides),
+        pooled(x, window, strides, np.mean),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), CASES)
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+def test_gradients_equal_finite_differences(size, window, strides, pool, x64):
+    x = jnp.asarray(distinct(2, *size, 2))
+    check_grads(lambda x: pool(x, window, strides) ** 2, (x,), order=2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), CASES)
+def test_the_first_of_equal_maxima_gets_the_gradient(size, window, strides):
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 3, (2, *size, 2)).astype(np.float32)  # many ties
+    out, pull = jax.vjp(lambda x: ops.max_pool(x, window, strides), jnp.asarray(x))
+    cotangent = rng.integers(1, 9, out.shape).astype(np.float32)
+    expected = gradient_of_max(x, window, strides, cotangent)
+    np.testing.assert_array_equal(pull(jnp.asarray(cotangent))[0], expected)
+
+
+def test_jvp_takes_the_tangent_of_the_maximum():
+    x = distinct(2, 5, 5, 3).astype(np.float32)
+    tangent = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+    _, out = jax.jvp(lambda x: ops.max_pool(x, (2, 2)), (jnp.asarray(x),), (jnp.asarray(tangent),))
+    _, pull = jax.vjp(lambda x: ops.max_pool(x, (2, 2)), jnp.asarray(x))
+    for i, j, c in np.ndindex(2, 2, 3):
+        part = np.s_[1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
+        assert out[1, i, j, c] == tangent[part].ravel()[np.argmax(x[part])]
+    # <v, J t> = <J^T v, t>, for v of ones
+    transposed = (np.asarray(pull(jnp.ones(out.shape))[0]) * tangent).sum()
+    np.testing.assert_allclose(out.sum(), transposed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+def test_vmap_equals_a_loop(pool):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 5, 4, 2)), jnp.float32)
+    mapped = jax.vmap(lambda x: pool(x, (2, 2)))(x)
+    for i in range(3):
+        np.testing.assert_array_equal(mapped[i], pool(x[i], (2, 2)))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+def test_a_nan_comes_through_in_its_window_and_nowhere_else(place, pool):
+    x = np.ones((1, 4, 4, 1), np.float32)
+    x[0, 2 + place[0], place[1], 0] = np.nan
+    expected = [[False, False], [True, False]]
+    assert np.isnan(pool(jnp.asarray(x), (2, 2)))[0, :, :, 0].tolist() == expected
+    assert np.isnan(pool(jnp.asarray(np.full_like(x, np.nan)), (2, 2))).all()
+
+
+def test_infinite_values():
+    x = np.full((1, 2, 4, 1), -np.inf, np.float32)
+    x[0, 1, 3] = -1e30
+    assert ops.max_pool(jnp.asarray(x), (2, 2)).ravel().tolist() == [-np.inf, np.float32(-1e30)]
+    x[0, 0, 0] = np.inf
+    assert ops.max_pool(jnp.asarray(x), (2, 2)).ravel().tolist() == [np.inf, np.float32(-1e30)]
+    grad = jax.grad(lambda x: ops.max_pool(x, (2, 2)).sum())(jnp.full((1, 2, 2, 1), -jnp.inf))
+    assert grad.ravel().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_a_type_stays(dtype):
+    x = jnp.ones((1, 4, 4, 1), dtype)
+    assert ops.max_pool(x, (2, 2)).dtype == dtype
+    assert ops.avg_pool(x, (2, 2)).dtype == dtype
+
+
+def test_integers_have_a_maximum_and_a_mean_that_is_not_one():
+    x = jnp.array([[1, 2], [3, 250]], jnp.uint8).reshape(1, 2, 2, 1)
+    assert ops.max_pool(x, (2, 2)).ravel().tolist() == [250]
+    assert ops.avg_pool(x, (2, 2)).ravel().tolist() == [64]
+    assert ops.avg_pool(x, (2, 2)).dtype == jnp.float32
+
+
+def test_a_mean_of_many_is_not_added_up_in_bfloat16():
+    x = jnp.full((1, 40, 40, 1), 1.0078125, jnp.bfloat16)
+    assert ops.avg_pool(x, (40, 40)).ravel().tolist() == [1.0078125]
+
+
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+def test_what_does_not_fit_is_refused(pool):
+    for size in [(1, 4), (4, 1), (0, 4)]:
+        with pytest.raises(ValueError, match="leaves nothing of an image"):
+            pool(jnp.ones((1, *size, 1)), (2, 2))
+    with pytest.raises(ValueError, match=r"takes \[B, H, W, C\]"):
+        pool(jnp.ones((4, 4, 1)), (2, 2))
+    for window, strides in [((0, 2), None), ((2, 2), (0, 1)), ((2, 2), (1, -1))]:
+        with pytest.raises(ValueError, match="at least 1"):
+            pool(jnp.ones((1, 4, 4, 1)), window, strides)
+
+
+@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+def test_an_empty_batch_stays_empty(pool):
+    assert pool(jnp.ones((0, 4, 4, 2)), (2, 2)).shape == (0, 2, 2, 2)
