@@ -36,9 +36,7 @@ class Config:
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     build = registry.get("model", config.model)
     optimizer = registry.get("optimizer", config.optimizer)
-    tx = optimizer(
-        config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    tx = optimizer(config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     images = data.load(config.dataset, data_dir=options.data_dir, verify=options.verify)
     shape = images.train["image"].shape
     init_fn, apply_fn = models.functional(

@@ -104,7 +104,8 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
-        return run_duel(experiment.make_recipe(config, options), config, options)
+        recipe = experiment.make_recipe(config, options)
+        return run_duel(experiment.name, recipe, config, options)
     return _train(experiment, config, options)
 
 
@@ -269,9 +270,7 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions) -> int:
 
 
 def _strategy(options: RunOptions) -> sharding.Strategy:
-    return sharding.make_strategy(
-        options.strategy, num_devices=options.num_devices, use_jit=options.jit
-    )
+    return sharding.make_strategy(options.strategy, num_devices=options.num_devices, use_jit=options.jit)
 
 
 def _make_state(recipe: Recipe) -> Callable[[], TrainState]:

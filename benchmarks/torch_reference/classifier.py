@@ -1,7 +1,7 @@
 """The PyTorch reference of the image classifiers: model, loss, optimizer and data.
 
-Written for speed as well: uint8 images stay in memory in the layout that the model wants, a batch is
-one `index_select`, and the bytes become numbers after that.
+Written for speed as well: uint8 images stay in memory in the layout that the model wants, a batch
+is one `index_select`, and the bytes become numbers after that.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,7 +94,7 @@ def make_resident(
         arrays: `image` uint8 `[N, H, W, C]`, `label` `[N]`.
         channels_last: whether images stay as they are; otherwise they become `[N, C, H, W]`.
     """
-    image = torch.from_numpy(np.require(arrays["image"], requirements="CW"))
+    image = torch.from_numpy(np.require(arrays["image"], requirements=["C", "W"]))
     if not channels_last:
         image = image.permute(0, 3, 1, 2).contiguous()
     return {"image": image, "label": torch.from_numpy(arrays["label"].astype(np.int64))}

@@ -10,7 +10,7 @@ FEATURES = (32, 64, 128)
 
 
 class ConvNet(nn.Module):
-    """Three stages of 3x3 convolution, batch normalisation, ReLU and pooling; takes `[B, C, H, W]`."""
+    """Three stages of convolution, batch normalisation and pooling; takes `[B, C, H, W]`."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int):
         super().__init__()

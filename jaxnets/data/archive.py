@@ -16,8 +16,9 @@ from jaxnets.data.download import locked, sync, writing
 def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Path:
     """Unpack a tar file, compressed or not, into a folder that is either absent or complete.
 
-    Only regular files and folders with plain names come out; the files go to a temporary folder
-    beside the target, which gets its name when all of them are on disk.
+    Only the expected files come out; an archive with a link, or a name that leads elsewhere, is
+    refused. The files go to a temporary folder beside the target, which gets its name when all of
+    them are on disk.
 
     Args:
         archive: the tar file; check its digest first.
@@ -28,8 +29,8 @@ def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Pa
         The target; one that is there already is left as it is.
 
     Raises:
-        DataError: if the archive is damaged, or holds anything else than the members, or the
-            folder can't be written.
+        DataError: if the archive is damaged, lacks a member or holds anything but files and folders
+            of that folder, or the folder can't be written.
     """
     with locked(target):
         if target.is_dir():
@@ -60,9 +61,10 @@ def _extract(archive: Path, work: Path, root: str, members: Mapping[str, int]) -
                 name = _checked_name(archive, member, root)
                 if member.isdir():
                     continue  # made below as the files need them
+                if name not in members:
+                    continue  # a readme that came with it, say: not wanted, not unpacked
                 if name not in missing:
-                    why = "is there twice" if name in members else "isn't expected"
-                    raise errors.DataError(f"{archive}: member {name!r} {why}")
+                    raise errors.DataError(f"{archive}: member {name!r} is there twice")
                 if member.size > members[name]:
                     raise errors.DataError(
                         f"{archive}: member {name!r} has {member.size:,} bytes, "

@@ -128,10 +128,7 @@ def _block(
     """Many draws at once: `index [R, B]`, `position [R, B]` and the mask `[B]` of a full one."""
     size = num_rows * batch_size
     position_RB = np.arange(block * size, (block + 1) * size).reshape(num_rows, batch_size)
-    if shuffle:
-        index_RB = order.index(seed, position_RB, num_examples)
-    else:
-        index_RB = position_RB % num_examples
+    index_RB = order.index(seed, position_RB, num_examples) if shuffle else position_RB % num_examples
     made = index_RB.astype(np.int32), position_RB.astype(np.uint32), np.ones(batch_size, bool)
     for array in made:
         array.flags.writeable = False

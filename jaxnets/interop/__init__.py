@@ -1,1 +1,1 @@
-"""PyTorch beside JAX: weight maps both ways, parity, the duel. Importing this imports no PyTorch."""
+"""PyTorch beside JAX: weight maps, parity, the duel. Importing this imports no PyTorch."""

@@ -1,13 +1,23 @@
 """The parent's end of a duel's worker processes."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxnets import errors
+from jaxnets.config import RunOptions, to_json
+from jaxnets.interop.reference import Reference
+from jaxnets.interop.sides import initial_variables
+from jaxnets.interop.timed_sides import num_cores
+from jaxnets.interop.weights import flatten, to_torch
+from jaxnets.recipe import Recipe
 
 
 class WorkerError(errors.UserError):
@@ -23,9 +33,7 @@ class Contender:
         rounds: examples a second, of each timed round.
     """
 
-    def __init__(
-        self, name: str, side: str, spec: Mapping[str, Any], env: Mapping[str, str], log: Path
-    ):
+    def __init__(self, name: str, side: str, spec: Mapping[str, Any], env: Mapping[str, str], log: Path):
         self.name = name
         self.side = side
         self.rounds: list[float] = []
@@ -110,7 +118,83 @@ class Contender:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
+
+
+def make_starters(
+    name: str,
+    recipe: Recipe,
+    reference: Reference,
+    config: Any,
+    options: RunOptions,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> list[Callable[[], Contender]]:
+    """Functions that start a contender each, JAX's first.
+
+    Args:
+        name: of the experiment, whose module is experiments.NAME.
+        recipe: of the experiment.
+        reference: the same in PyTorch.
+        config: what the recipe was made from.
+        options: where the data is.
+        folder: for weights, data and logs.
+        stack: ends the processes.
+    """
+    variables = initial_variables(recipe)
+    _save(folder / "linen.npz", flatten(variables))
+    _save(folder / "torch.npz", to_torch(reference.weights, variables))
+    _save(folder / "train.npz", recipe.train)
+    jax_spec = {
+        "module": f"experiments.{name}",
+        "config": to_json(config),
+        "data_dir": to_json(options)["data_dir"],
+        "verify": options.verify,
+        "weights": str(folder / "linen.npz"),
+    }
+    torch_spec = {
+        "name": recipe.name,
+        "target": recipe.torch_reference,
+        "arguments": dict(recipe.torch_arguments),
+        "weights": str(folder / "torch.npz"),
+        "arrays": str(folder / "train.npz"),
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+    }
+    # A cache from an earlier duel would make the first step look quick.
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+
+    def starter(label: str, side: str, spec: Mapping[str, Any]) -> Callable[[], Contender]:
+        def start() -> Contender:
+            log = folder / f"{label.replace(' ', '-')}.log"
+            contender = Contender(label, side, spec, env, log)
+            stack.callback(contender.close)
+            return contender
+
+        return start
+
+    starters = [starter("jaxnets", "jax", jax_spec)]
+    for is_compiled in (False, True):
+        for channels_last in (False, True):
+            for threads in sorted({1, num_cores()}):
+                label = f"{'compile' if is_compiled else 'eager'}"
+                label += ", channels_last" if channels_last else ""
+                label += f", {threads} thread{'s' if threads > 1 else ''}"
+                variant = {
+                    "is_compiled": is_compiled,
+                    "channels_last": channels_last,
+                    "threads": threads,
+                }
+                starters.append(starter(label, "torch", torch_spec | variant))
+    return starters
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    try:
+        np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the temporary folder {path.parent} can't be written: {error.strerror}; set TMPDIR to "
+            "another"
+        ) from None

@@ -39,7 +39,7 @@ def require_torch() -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise errors.ConfigError(
-            "the duel needs PyTorch, which is not installed; the CPU build will do: pip install torch"
+            "the duel needs PyTorch, which is not installed; its CPU build will do: pip install torch"
         )
 
 

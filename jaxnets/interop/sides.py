@@ -32,7 +32,7 @@ class Record:
     """What one side computed; arrays by Linen's paths and in Linen's layouts.
 
     Attributes:
-        outputs: of every layer that has weights, and of the model (""), on the first batch, training.
+        outputs: of the layers and of the model (""), on the first batch, in training.
         eval_outputs: the same in evaluation, after the last step, so with running statistics.
         losses: of each step.
         grads: of the first step.
@@ -71,7 +71,7 @@ def run_jax(
     # An optimizer whose state keeps the gradients: they come out of the very step that trains.
     keep_grads = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda grads, _state, _params=None: (grads, grads),
+        lambda updates, state, params=None: (updates, updates),
     )
     tx = optax.chain(keep_grads, recipe.tx)
     with (
@@ -104,9 +104,7 @@ def run_jax(
             if i == 0:
                 grads = flatten({"params": jax.device_get(state.opt_state[0])})
             if i in (0, len(draws) - 1):
-                snapshots.append(
-                    flatten(jax.device_get({"params": state.params, **state.model_state}))
-                )
+                snapshots.append(flatten(jax.device_get({"params": state.params, **state.model_state})))
         eval_outputs, _ = _layer_outputs(
             lambda batch: recipe.eval_fn(state.params, state.model_state, batch), first
         )
@@ -189,9 +187,7 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
     def run(batch: Mapping[str, Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
-        def record(
-            next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
+        def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
             if context.method_name == "__call__" and isinstance(out, jax.Array):
                 _add(seen, "/".join(context.module.path), out)

@@ -93,8 +93,8 @@ class Row:
     def _check(self, array: np.ndarray, rank: int) -> None:
         if array.ndim != rank:
             raise ValueError(
-                f"{self.linen} = {self.torch}: a {self.layout} weight has rank {rank}, not the shape "
-                f"{array.shape}"
+                f"{self.linen} = {self.torch}: a {self.layout} weight has rank {rank}, "
+                f"not the shape {array.shape}"
             )
 
     def _check_inputs(self, size: int) -> None:
@@ -168,9 +168,7 @@ def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray
     _check_names("Linen", linen, arrays)
     _check_unique("PyTorch", [row.torch for row in table])
     return {
-        row.torch: row.to_torch(np.asarray(arrays[row.linen]))
-        if row.linen
-        else np.zeros((), np.int64)
+        row.torch: row.to_torch(np.asarray(arrays[row.linen])) if row.linen else np.zeros((), np.int64)
         for row in table
     }
 
@@ -219,9 +217,7 @@ def _check_names(side: str, rows: Sequence[str], arrays: Iterable[str]) -> None:
     missing = sorted(set(rows) - set(arrays))
     unused = sorted(set(arrays) - set(rows))
     if missing:
-        raise errors.ParityError(
-            f"weights: {side} has no {', '.join(missing)}, which the table names"
-        )
+        raise errors.ParityError(f"weights: {side} has no {', '.join(missing)}, which the table names")
     if unused:
         raise errors.ParityError(f"weights: the table has no row for {', '.join(unused)} of {side}")
 

@@ -45,9 +45,7 @@ def conv2d(
         raise ValueError(
             f"a {kernel.shape[:2]} kernel leaves nothing of an image of shape {tuple(x.shape[1:3])}"
         )
-    return lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
@@ -76,9 +74,7 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         dtype = self.dtype or jnp.result_type(x, kernel)
-        y = conv2d(
-            x.astype(dtype), kernel.astype(dtype), strides=self.strides, padding=self.padding
-        )
+        y = conv2d(x.astype(dtype), kernel.astype(dtype), strides=self.strides, padding=self.padding)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(dtype)[None, None, None]

@@ -1,7 +1,4 @@
-"""Models, one file for each family; every one is called as
-
-`model.apply(variables, image, train=..., rows=..., mask=...)`.
-"""
+"""Models, one file for each family, all called with `image, train=..., rows=..., mask=...`."""
 
 from jaxnets.models.convnet import convnet as convnet
 from jaxnets.models.functional import functional as functional

@@ -28,6 +28,6 @@ def normalize_images(
     dtype = jnp.result_type(float)
     leading = (1,) * (image.ndim - 1)
     scaled = image.astype(dtype) / 255
-    return (scaled - jnp.asarray(mean, dtype).reshape(*leading, -1)) / jnp.asarray(
-        std, dtype
-    ).reshape(*leading, -1)
+    return (scaled - jnp.asarray(mean, dtype).reshape(*leading, -1)) / jnp.asarray(std, dtype).reshape(
+        *leading, -1
+    )

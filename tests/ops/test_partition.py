@@ -9,9 +9,7 @@ from jaxnets.ops import partition
 
 
 def mesh_of(count):
-    return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
-    )
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
 
 
 def test_constrain_outside_of_a_context_is_the_identity():

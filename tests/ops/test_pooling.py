@@ -33,9 +33,7 @@ def windows(x, window, strides):
 def pooled(x, window, strides, reduce):
     values = {place: reduce(part, axis=(1, 2)) for place, _, part in windows(x, window, strides)}
     rows, columns = (max(place[axis] for place in values) + 1 for axis in (0, 1))
-    return np.stack(
-        [np.stack([values[i, j] for j in range(columns)], 1) for i in range(rows)], axis=1
-    )
+    return np.stack([np.stack([values[i, j] for j in range(columns)], 1) for i in range(rows)], axis=1)
 
 
 def gradient_of_max(x, window, strides, cotangent):
@@ -61,14 +59,14 @@ def distinct(*shape):
 def test_values_equal_a_loop(size, window, strides, pool, reduce, x64):
     x = np.random.default_rng(1).normal(size=(2, *size, 3))
     expected = pooled(x, window, strides, reduce)
-    out = pool(jnp.asarray(x), window, strides)
+    out = jax.jit(lambda x: pool(x, window, strides))(jnp.asarray(x))
     assert out.dtype == jnp.float64
-    np.testing.assert_allclose(out, expected, rtol=1e-14)
-    jitted = jax.jit(lambda x: pool(x, window, strides))(jnp.asarray(x))
-    np.testing.assert_allclose(jitted, expected, rtol=1e-14)
+    np.testing.assert_allclose(out, expected, rtol=1e-13)
+    if size == CASES[0][0]:
+        np.testing.assert_allclose(pool(jnp.asarray(x), window, strides), expected, rtol=1e-13)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_window_that_fits(data):
     side = st.integers(1, 6)
@@ -77,79 +75,85 @@ def test_any_window_that_fits(data):
     strides = data.draw(st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3)))
     values = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 9, (1, *size, 2))
     x = values.astype(np.float32)
-    np.testing.assert_array_equal(
-        ops.max_pool(jnp.asarray(x), window, strides), pooled(x, window, strides, np.max)
-    )
-    np.testing.assert_allclose(
-        ops.avg_pool(jnp.asarray(x), window, strides),
-        pooled(x, window, strides, np.mean),
-        rtol=1e-6,
-    )
+    pools = (ops.max_pool, ops.avg_pool)
+    largest, mean = jax.jit(lambda x: [pool(x, window, strides) for pool in pools])(x)
+    np.testing.assert_array_equal(largest, pooled(x, window, strides, np.max))
+    np.testing.assert_allclose(mean, pooled(x, window, strides, np.mean), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "window", "strides"), CASES)
+@pytest.mark.parametrize(("size", "window", "strides"), CASES[1:4])
 @pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
 def test_gradients_equal_finite_differences(size, window, strides, pool, x64):
-    x = jnp.asarray(distinct(2, *size, 2))
-    check_grads(lambda x: pool(x, window, strides) ** 2, (x,), order=2, atol=1e-5, rtol=1e-5)
+    fun = jax.jit(lambda x: (pool(x, window, strides) ** 2).sum())
+    check_grads(fun, (jnp.asarray(distinct(2, *size, 2)),), order=1, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "window", "strides"), CASES)
+def test_second_derivatives_equal_finite_differences(x64):
+    fun = jax.jit(lambda x: (ops.max_pool(x, (2, 2)) ** 3).sum())
+    check_grads(fun, (jnp.asarray(distinct(1, 3, 4, 1)),), order=2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), CASES[1:5])
 def test_the_first_of_equal_maxima_gets_the_gradient(size, window, strides):
     rng = np.random.default_rng(2)
     x = rng.integers(0, 3, (2, *size, 2)).astype(np.float32)  # many ties
-    out, pull = jax.vjp(lambda x: ops.max_pool(x, window, strides), jnp.asarray(x))
-    cotangent = rng.integers(1, 9, out.shape).astype(np.float32)
-    expected = gradient_of_max(x, window, strides, cotangent)
-    np.testing.assert_array_equal(pull(jnp.asarray(cotangent))[0], expected)
+    shape = pooled(x, window, strides, np.max).shape
+    cotangent = rng.integers(1, 9, shape).astype(np.float32)
+    grad = jax.jit(jax.grad(lambda x: (ops.max_pool(x, window, strides) * cotangent).sum()))(x)
+    np.testing.assert_array_equal(grad, gradient_of_max(x, window, strides, cotangent))
 
 
 def test_jvp_takes_the_tangent_of_the_maximum():
     x = distinct(2, 5, 5, 3).astype(np.float32)
     tangent = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
-    _, out = jax.jvp(lambda x: ops.max_pool(x, (2, 2)), (jnp.asarray(x),), (jnp.asarray(tangent),))
-    _, pull = jax.vjp(lambda x: ops.max_pool(x, (2, 2)), jnp.asarray(x))
+    pool = jax.jit(lambda x: ops.max_pool(x, (2, 2)))
+    _, out = jax.jvp(pool, (jnp.asarray(x),), (jnp.asarray(tangent),))
+    grad = jax.grad(lambda x: pool(x).sum())(jnp.asarray(x))
     for i, j, c in np.ndindex(2, 2, 3):
         part = np.s_[1, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
         assert out[1, i, j, c] == tangent[part].ravel()[np.argmax(x[part])]
-    # <v, J t> = <J^T v, t>, for v of ones
-    transposed = (np.asarray(pull(jnp.ones(out.shape))[0]) * tangent).sum()
-    np.testing.assert_allclose(out.sum(), transposed, rtol=1e-5)
+    # With v of ones, <v, J t> = <v J, t>.
+    np.testing.assert_allclose(out.sum(), (np.asarray(grad) * tangent).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
 def test_vmap_equals_a_loop(pool):
     x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 5, 4, 2)), jnp.float32)
-    mapped = jax.vmap(lambda x: pool(x, (2, 2)))(x)
+    alone = jax.jit(lambda x: pool(x, (2, 2)))
+    mapped = jax.vmap(alone)(x)
     for i in range(3):
-        np.testing.assert_array_equal(mapped[i], pool(x[i], (2, 2)))
+        np.testing.assert_array_equal(mapped[i], alone(x[i]))
 
 
-@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
-def test_a_nan_comes_through_in_its_window_and_nowhere_else(place, pool):
-    x = np.ones((1, 4, 4, 1), np.float32)
-    x[0, 2 + place[0], place[1], 0] = np.nan
-    expected = [[False, False], [True, False]]
-    assert np.isnan(pool(jnp.asarray(x), (2, 2)))[0, :, :, 0].tolist() == expected
-    assert np.isnan(pool(jnp.asarray(np.full_like(x, np.nan)), (2, 2))).all()
+def test_a_nan_comes_through_in_its_window_and_nowhere_else(pool):
+    compiled = jax.jit(lambda x: jnp.isnan(pool(x, (2, 2))))
+    for row, column in np.ndindex(2, 2):
+        x = np.ones((1, 4, 4, 1), np.float32)
+        x[0, 2 + row, column, 0] = np.nan
+        assert compiled(x)[0, :, :, 0].tolist() == [[False, False], [True, False]]
+    assert compiled(np.full_like(x, np.nan)).all()
 
 
 def test_infinite_values():
-    x = np.full((1, 2, 4, 1), -np.inf, np.float32)
-    x[0, 1, 3] = -1e30
-    assert ops.max_pool(jnp.asarray(x), (2, 2)).ravel().tolist() == [-np.inf, np.float32(-1e30)]
-    x[0, 0, 0] = np.inf
-    assert ops.max_pool(jnp.asarray(x), (2, 2)).ravel().tolist() == [np.inf, np.float32(-1e30)]
-    grad = jax.grad(lambda x: ops.max_pool(x, (2, 2)).sum())(jnp.full((1, 2, 2, 1), -jnp.inf))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda x: ops.max_pool(x, (2, 2)).sum()))
+    x = np.full((1, 2, 2, 1), -np.inf, np.float32)
+    value, grad = value_and_grad(x)
+    assert value == -np.inf
     assert grad.ravel().tolist() == [1, 0, 0, 0]
+    x[0, 1, 1] = -1e30
+    value, grad = value_and_grad(x)
+    assert value == np.float32(-1e30)
+    assert grad.ravel().tolist() == [0, 0, 0, 1]
+    x[0, 0, 1] = np.inf
+    assert value_and_grad(x)[0] == np.inf
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_a_type_stays(dtype):
-    x = jnp.ones((1, 4, 4, 1), dtype)
-    assert ops.max_pool(x, (2, 2)).dtype == dtype
-    assert ops.avg_pool(x, (2, 2)).dtype == dtype
+    x = jax.ShapeDtypeStruct((1, 4, 4, 1), dtype)
+    for pool in (ops.max_pool, ops.avg_pool):
+        assert jax.eval_shape(lambda x, pool=pool: pool(x, (2, 2)), x).dtype == dtype
 
 
 def test_integers_have_a_maximum_and_a_mean_that_is_not_one():
@@ -160,8 +164,9 @@ def test_integers_have_a_maximum_and_a_mean_that_is_not_one():
 
 
 def test_a_mean_of_many_is_not_added_up_in_bfloat16():
-    x = jnp.full((1, 40, 40, 1), 1.0078125, jnp.bfloat16)
-    assert ops.avg_pool(x, (40, 40)).ravel().tolist() == [1.0078125]
+    x = jnp.full((1, 1, 600, 1), 1.0078125, jnp.bfloat16)  # in bfloat16 256 + 1 is 256
+    out = jax.jit(lambda x: ops.avg_pool(x, (1, 600)))(x)
+    assert out.ravel().tolist() == [1.0078125]
 
 
 @pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])

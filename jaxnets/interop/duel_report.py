@@ -1,0 +1,134 @@
+"""The figures of a duel: as JSON holds them, and as a table."""
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxnets.interop.contender import Contender
+from jaxnets.version import __version__
+
+
+def assemble(
+    ours: Contender, variants: Sequence[Contender], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Put the figures together.
+
+    Args:
+        ours: JAX's contender.
+        variants: PyTorch's, at least one, whose figures may come from the screening alone.
+        failed: PyTorch's variants that could not run, with the reason.
+
+    Returns:
+        "jaxnets", "torch", "ratio" (JAX's median over that of PyTorch's best variant, above 1 if
+        JAX is faster), "ratio_spread" (of the rounds, each of which timed both), "device",
+        "processor", "versions".
+    """
+    timed = [variant for variant in variants if variant.is_open]
+    best = max(timed, key=lambda variant: float(np.median(variant.rounds)))
+    pairs = np.divide(ours.rounds, best.rounds)
+    table = {variant.name: figures(variant) for variant in variants}
+    for variant in variants:
+        table[variant.name]["dropped_after_screening"] = not variant.is_open
+    table |= {name: {"failed": reason} for name, reason in failed.items()}
+    settings = dict(best.facts["settings"])
+    first = figures(ours)
+    return {
+        "jaxnets": {
+            **first,
+            "compile_seconds": first.pop("first_step_seconds"),
+            "settings": ours.facts["settings"],
+        },
+        "torch": {"best": best.name, **table[best.name], "variants": table, "settings": settings},
+        "ratio": round(float(np.median(ours.rounds) / np.median(best.rounds)), 4),
+        "ratio_spread": _spread(pairs, digits=4),
+        "device": ours.facts["settings"]["device_kind"],
+        "processor": processor(),
+        "versions": {
+            "jaxnets": __version__,
+            **ours.facts["settings"]["versions"],
+            **settings["versions"],
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def figures(contender: Contender) -> dict[str, Any]:
+    """What was measured of one contender."""
+    memory = contender.facts["memory"]
+    return {
+        "examples_per_second": round(float(np.median(contender.rounds)), 1),
+        "spread": _spread(np.asarray(contender.rounds), digits=1),
+        "rounds": len(contender.rounds),
+        "steps_per_round": contender.steps,
+        "first_step_seconds": round(contender.facts["first_step_seconds"], 3),
+        "peak_memory_bytes": contender.facts["peak_bytes"],
+        "memory_after_imports_bytes": memory["after_imports_bytes"],
+        "memory_loaded_bytes": memory["loaded_bytes"],
+        "first_losses": contender.facts["first_losses"],
+        "threads": contender.facts["settings"]["threads"],
+        "optimizer": contender.facts["settings"].get("optimizer", "Optax"),
+    }
+
+
+def print_table(report: Mapping[str, Any]) -> None:
+    """Print the figures for people, on standard output."""
+    settings = report["jaxnets"]["settings"]
+    title = (
+        f"{report['experiment']}, {report.get('model') or ''} at batch {settings['batch_size']}, "
+        f"{settings['dtype']}, matmul precision {settings['matmul_precision']}, "
+        f"{report['processor']}"
+    )
+    table = Table(title=title, caption_justify="left", title_justify="left")
+    table.add_column("contender")
+    for name in ("examples/s", "quartiles", "first step s", "peak MiB", "imports MiB"):
+        table.add_column(name, justify="right")
+    best = report["torch"]["best"]
+    rows = {"jaxnets (JAX)": report["jaxnets"]}
+    rows |= {f"PyTorch {name}": row for name, row in report["torch"]["variants"].items()}
+    for name, row in rows.items():
+        if "failed" in row:
+            table.add_row(name, "failed", row["failed"][:60], "", "", "")
+            continue
+        low, high = row["spread"]["quartiles"]
+        is_dropped = row.get("dropped_after_screening")
+        first = row.get("compile_seconds", row.get("first_step_seconds"))
+        table.add_row(
+            name,
+            f"{row['examples_per_second']:,.0f}",
+            "screened only" if is_dropped else f"{low:,.0f} - {high:,.0f}",
+            f"{first:.2f}",
+            f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+            f"{row['memory_after_imports_bytes'] / 2**20:,.0f}",
+            style="bold" if name in ("jaxnets (JAX)", f"PyTorch {best}") else "",
+        )
+    # Redirected output has no width of its own; a table that is cut can't be read.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    low, high = report["ratio_spread"]["quartiles"]
+    print(
+        f"JAX / best PyTorch ({best}): {report['ratio']:.3f} (quartiles of the rounds {low:.3f} - "
+        f"{high:.3f})"
+    )
+
+
+def processor() -> str:
+    """The processor's name and cores, as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def _spread(values: np.ndarray, *, digits: int) -> dict[str, Any]:
+    low, high = np.percentile(values, [25, 75])
+    return {
+        "quartiles": [round(float(low), digits), round(float(high), digits)],
+        "min": round(float(np.min(values)), digits),
+        "max": round(float(np.max(values)), digits),
+    }

@@ -1,0 +1,353 @@
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import digits
+from jaxnets import cli, errors
+from jaxnets.config import RunOptions
+from jaxnets.interop import contender, duel, duel_report, reference, timed_sides
+from jaxnets.layers import Dropout
+from jaxnets.layers.dropout import without_dropout
+from tests.interop import tiny_duel as tiny
+
+SETTINGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "batch_size": 128,
+    "matmul_precision": "highest",
+}
+
+
+def run_digits(folder, *words):
+    return cli.main(
+        digits.EXPERIMENT,
+        ["duel", "--run-dir", str(folder), "--duel-seconds", "4", *words],
+    )
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two contenders, and no parity: it has its own tests."""
+    make = contender.make_starters
+    monkeypatch.setattr(duel, "make_starters", lambda *a, **k: make(*a, **k)[:2])
+    monkeypatch.setattr(duel, "check_parity", lambda *a, **k: {"dropout_rates": []})
+
+
+def check_report(report):
+    assert report["experiment"] == "digits"
+    assert report["model"] == "lenet"
+    assert report["config"]["batch_size"] == 32
+    assert report["parity"]["passed"]
+    ours, theirs = report["jaxnets"], report["torch"]
+    variants = {name: row for name, row in theirs["variants"].items() if "failed" not in row}
+    assert theirs["best"] in variants
+    for side in (ours, *variants.values()):
+        assert side["examples_per_second"] > 0
+        assert side["peak_memory_bytes"] >= side["memory_after_imports_bytes"] > 2**26
+        low, high = side["spread"]["quartiles"]
+        assert side["spread"]["min"] <= low <= high <= side["spread"]["max"]
+        assert len(side["first_losses"]) == 5
+    best = variants[theirs["best"]]
+    timed = [row for row in variants.values() if not row["dropped_after_screening"]]
+    assert best["examples_per_second"] == max(row["examples_per_second"] for row in timed)
+    assert ours["rounds"] == best["rounds"] >= 7
+    quotient = ours["examples_per_second"] / best["examples_per_second"]
+    assert report["ratio"] == pytest.approx(quotient, rel=1e-3)
+    assert ours["compile_seconds"] > best["first_step_seconds"] > 0
+    assert report["first_losses"]["largest_error"] < 1e-5
+    for side in (ours, theirs):
+        kept = {name: side["settings"][name] for name in SETTINGS}
+        assert kept == SETTINGS | {"batch_size": 32}
+    assert set(report["versions"]) == {"jaxnets", "jax", "jaxlib", "torch", "numpy", "python"}
+
+
+@pytest.mark.parity
+def test_from_the_command_line(tmp_path, few, capsys):
+    (tmp_path / "config.json").write_text("a training run's\n")
+    assert run_digits(tmp_path) == 0
+    check_report(json.loads((tmp_path / "duel.json").read_text()))
+    printed = capsys.readouterr()
+    assert "JAX / best PyTorch (eager, 1 thread): " in printed.out
+    assert "jaxnets (JAX)" in printed.out
+    assert "rounds of 2 contenders" in printed.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "duel.json"]
+
+
+@pytest.mark.long
+@pytest.mark.parity
+@pytest.mark.timeout(1200)
+def test_everything_from_the_command_line(tmp_path):
+    assert run_digits(tmp_path) == 0
+    report = json.loads((tmp_path / "duel.json").read_text())
+    check_report(report)
+    count = 4 * len({1, timed_sides.num_cores()})
+    assert len(report["torch"]["variants"]) == count
+    for dtype in ("float64", "float32"):
+        for stage in report["parity"][dtype].values():
+            assert stage["error"] <= stage["bound"]
+
+
+@pytest.mark.parity
+def test_refused_at_another_matmul_precision(tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")  # of the worker
+    assert run_digits(tmp_path) == 2
+    printed = capsys.readouterr()
+    last = printed.err.strip().splitlines()[-1]
+    assert last == ("error: no comparison: matmul_precision is medium in JAX and highest in PyTorch")
+    assert "JAX / best" not in printed.out
+    assert not (tmp_path / "duel.json").exists()
+
+
+@pytest.mark.parity
+def test_without_parity_nothing_is_timed(tmp_path, monkeypatch, capsys):
+    def fail(*_args, **_options):
+        raise errors.ParityError("parity in float64, loss: loss of step 1 differs by 1.0e-03")
+
+    def start(*_args, **_options):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(duel, "check_parity", fail)
+    monkeypatch.setattr(duel, "make_starters", start)
+    assert run_digits(tmp_path) == 1
+    printed = capsys.readouterr()
+    assert printed.err.strip().splitlines()[-1].startswith("error: parity in float64, loss: ")
+    assert printed.out == ""
+    report = json.loads((tmp_path / "duel.json").read_text())
+    assert report["parity"]["passed"] is False
+    assert "loss of step 1" in report["parity"]["failure"]
+    assert "ratio" not in report
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_refused_where_a_setting_differs(setting):
+    duel.check_same(SETTINGS, dict(SETTINGS, threads=2))
+    with pytest.raises(errors.ConfigError, match=f"no comparison: {setting} is "):
+        duel.check_same(SETTINGS, SETTINGS | {setting: "other"})
+
+
+def test_first_losses_must_agree():
+    assert duel.check_losses([2.0, 1.0], [2.0, 1.0001], "eager") == pytest.approx(1e-4, rel=1e-3)
+    with pytest.raises(errors.ParityError, match=r"loss of step 2 is 1.0 in JAX and 1.01 in eager"):
+        duel.check_losses([2.0, 1.0], [2.0, 1.01], "eager")
+    with pytest.raises(errors.ParityError, match="loss of step 1 is None"):
+        duel.check_losses([None], [2.0], "eager")
+
+
+def test_precisions_in_common_words():
+    assert timed_sides.matmul_precision(None, "cpu") == "highest"
+    assert timed_sides.matmul_precision(None, "tpu") == "medium"
+    assert timed_sides.matmul_precision("tensorfloat32", "gpu") == "high"
+    assert timed_sides.matmul_precision("float32", "gpu") == "highest"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ({"accumulate": 2}, {}, "accumulate is 2"),
+        ({}, {"strategy": "pmap"}, "one device"),
+        ({}, {"num_devices": 8}, "one device"),
+        ({}, {"jit": False}, "compiled"),
+        ({}, {"duel_seconds": 0.0}, "duel_seconds is 0.0"),
+        ({}, {"duel_seconds": float("nan")}, "duel_seconds is nan"),
+        ({"torch_reference": None}, {}, "tiny has no PyTorch reference"),
+    ],
+)
+def test_what_cannot_be_compared(recipe, options, message, tmp_path):
+    made = tiny.recipe(**recipe)
+    with pytest.raises(errors.ConfigError, match=message):
+        duel.run_duel("tiny", made, digits.Config(), RunOptions(run_dir=tmp_path / "r", **options))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parity
+def test_a_reference_that_is_not_there():
+    with pytest.raises(errors.ConfigError, match="can't be loaded: No module named 'nowhere'"):
+        reference.load_reference("tiny", "nowhere:reference", {})
+    arguments = tiny.recipe().torch_arguments
+    target = "benchmarks.torch_reference.classifier:reference"
+    with pytest.raises(errors.ConfigError, match="did you mean 'lenet'"):
+        reference.load_reference("tiny", target, arguments | {"model": "lanet"})
+    with pytest.raises(errors.ConfigError, match="unknown PyTorch optimizer 'lion'"):
+        reference.load_reference("tiny", target, arguments | {"optimizer": "lion"})
+
+
+def test_pytorch_is_not_installed(monkeypatch):
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.ConfigError, match="pip install torch") as caught:
+        reference.load_reference("tiny", "benchmarks.torch_reference.classifier:reference", {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parity
+def test_a_run_folder_that_cannot_be_used(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder, message in ((file, "is a file"), (file / "below", "can't be written: Not a dir")):
+        with pytest.raises(errors.ConfigError, match=message):
+            duel.run_duel("tiny", tiny.recipe(), digits.Config(), RunOptions(run_dir=folder))
+
+
+def python(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_interop_imports_no_pytorch():
+    names = "contender, duel, duel_report, duel_worker, parity, reference, sides, weights"
+    code = f"import sys; from jaxnets.interop import {names}; print('torch' in sys.modules)"
+    assert python(code) == "False\n"
+
+
+@pytest.mark.parity
+def test_pytorchs_processes_import_no_jax():
+    code = (
+        "import sys; from benchmarks.torch_reference import classifier; "
+        "from jaxnets.interop import duel_worker; "
+        "print('torch' in sys.modules, 'jax' in sys.modules)"
+    )
+    assert python(code) == "True False\n"
+
+
+@pytest.fixture
+def worker(tmp_path):
+    made = contender.Contender("eager", "torch", {}, os.environ, tmp_path / "log")
+    yield made
+    made.close()
+    assert not made.is_open
+
+
+def wait_until_gone(pid):
+    for _ in range(200):
+        try:
+            # A zombie has ended too; its parent just hasn't asked.
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{pid} is still there")
+
+
+def test_a_worker_reports_its_errors_and_lives_on(worker):
+    for _ in range(2):
+        with pytest.raises(contender.WorkerError, match=r"eager: (KeyError|ModuleNotFoundError)"):
+            worker.start()
+    assert worker.ask("memory")["peak_bytes"] > 2**20
+
+
+def test_a_worker_that_dies_is_one_line(worker):
+    worker.ask("memory")
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(errors.UserError, match="the worker of eager died with exit status -9"):
+        worker.ask("memory")
+    with pytest.raises(errors.UserError, match="died"):
+        worker.ask("memory")
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    code = (
+        "import os, sys, pathlib; from jaxnets.interop.contender import Contender; "
+        f"log = pathlib.Path({str(tmp_path / 'log')!r}); "
+        "c = Contender('eager', 'torch', {}, os.environ, log); "
+        "c.ask('memory'); print(c.pid, flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -9
+    wait_until_gone(int(done.stdout))
+
+
+def test_the_peak_is_the_workers_own(worker):
+    """Linux hands ru_maxrss on from parent to child; the parent here is large on purpose."""
+    ballast = np.ones(2**26)  # 512 MiB
+    assert ballast.sum() == 2**26
+    made = contender.Contender("second", "torch", {}, os.environ, worker._log)
+    with contextlib.closing(made):
+        assert made.ask("memory")["peak_bytes"] < 2**28
+
+
+class Stub:
+    """A contender whose times are given."""
+
+    def __init__(self, name, rounds, is_open=True):
+        self.name, self.rounds, self.is_open, self.steps = name, rounds, is_open, 3
+        self.facts = {
+            "settings": SETTINGS | {"threads": 1, "device_kind": "cpu", "versions": {}},
+            "memory": {"after_imports_bytes": 1, "loaded_bytes": 2},
+            "peak_bytes": 3,
+            "first_step_seconds": 0.5,
+            "first_losses": [2.0],
+        }
+
+
+def test_the_ratio_is_of_medians_and_against_the_best():
+    ours = Stub("jaxnets", [10.0, 30.0, 20.0])
+    slow = Stub("slow", [5.0, 6.0, 7.0])
+    best = Stub("best", [8.0, 10.0, 100.0])
+    dropped = Stub("dropped", [1000.0], is_open=False)
+    report = duel_report.assemble(ours, [slow, best, dropped], {"broken": "no compiler"})
+    assert report["torch"]["best"] == "best"
+    assert report["ratio"] == 2.0
+    assert report["ratio_spread"]["min"] == pytest.approx(0.2)
+    assert report["ratio_spread"]["max"] == pytest.approx(3.0)
+    assert report["torch"]["variants"]["broken"] == {"failed": "no compiler"}
+    assert report["torch"]["variants"]["dropped"]["dropped_after_screening"]
+    assert report["jaxnets"]["compile_seconds"] == 0.5
+    assert report["jaxnets"]["spread"]["quartiles"] == [15.0, 25.0]
+
+
+def test_rounds_are_interleaved_and_rotate():
+    calls = []
+
+    @dataclasses.dataclass
+    class Timed:
+        name: str
+        rate: float = 64.0
+        steps: int = 1
+        facts: dict = dataclasses.field(
+            default_factory=lambda: {"settings": {"batch_size": 32}},
+        )
+        rounds: list = dataclasses.field(default_factory=lambda: [1.0])
+
+        def train(self, steps):
+            calls.append(self.name)
+            assert steps == self.steps == 2
+            return 0.5
+
+    made = [Timed("a"), Timed("b"), Timed("c")]
+    duel._rounds(made, 21.0)
+    names = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert names[:4] == ["abc", "bca", "cab", "abc"]
+    assert len(names) >= 7
+    assert made[0].rounds == [128.0] * len(names)
+
+
+def test_without_dropout():
+    x_BF = jnp.ones((4, 100))
+    layer = Dropout(0.5)
+
+    def run():
+        import jax
+
+        return layer.apply({}, x_BF, train=True, rngs={"dropout": jax.random.key(0)})
+
+    assert bool((run() == 0).any())
+    with without_dropout():
+        assert run() is x_BF
+        with contextlib.suppress(KeyError), without_dropout():
+            raise KeyError
+        assert run() is x_BF
+    assert bool((run() == 0).any())

@@ -1,0 +1,96 @@
+"""A tiny experiment with a PyTorch reference, and the records of both sides for a few steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets import losses, metrics, models, ops, registry
+from jaxnets.recipe import Recipe
+
+CLASSES = 5
+
+
+def recipe(
+    model="lenet",
+    *,
+    image_shape=(16, 16, 1),
+    batch_size=8,
+    optimizer="sgd",
+    learning_rate=0.05,
+    weight_decay=0.0,
+    label_smoothing=0.0,
+    **changes,
+):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image": rng.integers(0, 256, (64, *image_shape), dtype=np.uint8),
+        "label": rng.integers(0, CLASSES, 64).astype(np.int32),
+    }
+    init_fn, apply_fn = models.functional(
+        registry.get("model", model)(num_classes=CLASSES),
+        jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+    )
+
+    def loss_fn(params, model_state, batch, *, key):
+        logits_BV, model_state = apply_fn(
+            params,
+            model_state,
+            ops.normalize_images(batch["image"]),
+            train=True,
+            key=key,
+            rows=batch["index"],
+            mask=batch["mask"],
+        )
+        loss = losses.softmax_cross_entropy(logits_BV, batch["label"], label_smoothing=label_smoothing)
+        return {"loss": loss}, model_state, {}
+
+    def eval_fn(params, model_state, batch):
+        x_BHWC = ops.normalize_images(batch["image"])
+        logits_BV, _ = apply_fn(params, model_state, x_BHWC, train=False)
+        loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
+        return {"loss": metrics.Mean.of(loss, batch["mask"])}
+
+    arguments = {
+        "model": model,
+        "image_shape": image_shape,
+        "num_classes": CLASSES,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "momentum": 0.9,
+        "weight_decay": weight_decay,
+        "label_smoothing": label_smoothing,
+    }
+    tx = registry.get("optimizer", optimizer)(learning_rate, momentum=0.9, weight_decay=weight_decay)
+    whole = Recipe(
+        name="tiny",
+        init_fn=init_fn,
+        loss_fn=loss_fn,
+        eval_fn=eval_fn,
+        tx=tx,
+        train=arrays,
+        test=arrays,
+        num_positions=64,
+        batch_size=batch_size,
+        torch_reference="benchmarks.torch_reference.classifier:reference",
+        torch_arguments=arguments,
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+@functools.cache
+def sides(model="lenet", dtype="float64", num_steps=2):
+    """What both sides compute, and the tables of the weights; cached, so don't change it."""
+    from jaxnets.data import Batches
+    from jaxnets.interop.reference import load_reference
+    from jaxnets.interop.sides import initial_variables, run_jax, run_torch
+
+    made = recipe(model)
+    reference = load_reference(made.name, made.torch_reference, made.torch_arguments)
+    variables = initial_variables(made)
+    draws = tuple(Batches(64, 8, 8 * num_steps))
+    ours = run_jax(made, variables, draws, dtype)
+    theirs = run_torch(reference, made.train, variables, draws, dtype)
+    return made, reference, variables, draws, ours, theirs

@@ -1,0 +1,226 @@
+"""The commands as a user types them: what they write, and what they say to bad input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import cifar10, digits
+from jaxnets import cli
+
+SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXNETS_DATA", str(tmp_path / "data"))
+
+
+def cifar(*words):
+    return cli.main(cifar10.EXPERIMENT, list(words))
+
+
+def files_below(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_run_folder_has_everything(tmp_path, capsys):
+    assert cifar("train", *SMALL, "--epochs", "2", "--strategy", "pmap", "--num-devices", "4") == 0
+    folder = tmp_path / "runs" / "cifar10"
+    out, err = capsys.readouterr()
+    assert "test accuracy 0." in out
+    assert re.search(r"step 45/45  evaluation: accuracy 0\.\d+  loss \d\.\d+  count 359", err)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["model"] == "mlp"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [23, 45]
+    assert {"step", "epoch", "loss", "accuracy", "grad_norm"} <= set(rows[-2])
+    with (folder / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events*"))
+    assert (folder / "checkpoints" / "00000045" / "manifest.json").exists()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["experiment"] == "cifar10"
+    assert (result["steps"], result["epochs"]) == (45, 2.0)
+    assert set(result["eval"]) == {"accuracy", "loss", "count"}
+    assert result["eval"]["count"] == 359
+    assert (result["num_devices"], result["strategy"]) == (4, "pmap")
+    for name in ("train_seconds", "compile_seconds", "examples_per_second"):
+        assert result[name] > 0
+    assert 0 <= result["data_wait_share"] < 1
+    assert {"jax", "jaxnets", "python", "numpy"} <= set(result["versions"])
+
+    # The evaluation command reads the run: no flag of its training need be given again.
+    assert cifar("eval", "--num-devices", "8", "--checkpoint", "latest") == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["step"] == 45
+    assert evaluated["eval"]["count"] == 359
+    assert evaluated["eval"]["accuracy"] == result["eval"]["accuracy"]
+    np.testing.assert_allclose(evaluated["eval"]["loss"], result["eval"]["loss"], rtol=1e-6)
+    assert cifar("eval", "--checkpoint", "best") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == result["best_step"]
+
+
+def test_the_same_command_again_goes_on_and_more_epochs_extend(tmp_path, capsys):
+    words = ["train", *SMALL, "--num-devices", "1"]
+    assert cifar(*words, "--steps", "5") == 0
+    first = (tmp_path / "runs/cifar10/metrics.jsonl").read_text()
+    assert cifar(*words, "--steps", "5") == 0
+    assert "resuming at step 5 of 5" in capsys.readouterr().err
+    assert (tmp_path / "runs/cifar10/metrics.jsonl").read_text() == first
+    assert cifar(*words, "--steps", "9") == 0
+    assert "resuming at step 5 of 9" in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs/cifar10/result.json").read_text())["steps"] == 9
+    assert cifar(*words, "--steps", "3", "--no-resume") == 0
+    assert json.loads((tmp_path / "runs/cifar10.1/result.json").read_text())["steps"] == 9
+
+
+@pytest.mark.parametrize(
+    "change", [["--strategy", "pmap", "--num-devices", "8"], ["--num-devices", "4"]]
+)
+def test_a_run_may_go_on_on_other_devices(tmp_path, change):
+    words = ["train", *SMALL, "--steps", "8"]
+    assert cifar(*words, "--num-devices", "1", "--run-dir", "whole") == 0
+    assert cifar(*[*words[:-1], "4"], "--num-devices", "1", "--run-dir", "parts") == 0
+    assert cifar(*words, "--run-dir", "parts", *change) == 0
+    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "parts"))
+    assert one["eval"]["accuracy"] == two["eval"]["accuracy"]
+    np.testing.assert_allclose(one["eval"]["loss"], two["eval"]["loss"], rtol=1e-5)
+
+
+def test_without_jit(tmp_path):
+    assert cifar("train", *SMALL, "--steps", "2", "--no-jit") == 0
+    assert json.loads((tmp_path / "runs/cifar10/result.json").read_text())["num_devices"] == 1
+
+
+BAD = {
+    "command": (["trian"], "unknown command 'trian': did you mean 'train'?"),
+    "flag": (["train", "--epoks", "3"], "unknown flag '--epoks': did you mean '--epochs'?"),
+    "value": (["train", "--epochs", "ten"], "--epochs"),
+    "no value": (["train", "--epochs"], "--epochs"),
+    "stray word": (["train", "fast"], "fast"),
+    "preset": (["train", "--preset", "tutoral"], "did you mean 'tutorial'?"),
+    "model": (["train", "--model", "lanet"], "unknown model 'lanet': did you mean 'lenet'?"),
+    "optimizer": (["train", "--optimizer", "adma"], "did you mean 'adam'?"),
+    "dataset": (["train", "--dataset", "digit"], "did you mean 'digits'?"),
+    "dataset path": (["train", "--dataset", "../etc"], "../etc"),
+    "strategy": (["train", *SMALL, "--strategy", "pmpa"], "did you mean 'pmap'?"),
+    "verify": (["train", *SMALL, "--verify", "strikt"], "did you mean 'strict'?"),
+    "batch 0": (["train", "--dataset", "digits", "--batch-size", "0"], "at least 1, not 0"),
+    "batch -4": (["train", "--dataset", "digits", "--batch-size", "-4"], "at least 1, not -4"),
+    "batch too large": (
+        ["train", "--dataset", "digits", "--batch-size", "1439"],
+        "1439 is larger than the training set of 1438",
+    ),
+    "batch and devices": (["train", *SMALL[:-1], "12"], "12 is not divisible by 8 devices x 1"),
+    "batch and micro-batches": (
+        ["train", *SMALL, "--num-devices", "2", "--accumulate", "3"],
+        "64 is not divisible by 2 devices x 3",
+    ),
+    "accumulate": (["train", *SMALL, "--accumulate", "0"], "accumulate must be at least 1"),
+    "rate nan": (
+        ["train", *SMALL, "--learning-rate", "nan"],
+        "finite number of at least 0, not nan",
+    ),
+    "rate inf": (["train", *SMALL, "--learning-rate", "inf"], "finite number"),
+    "rate negative": (["train", *SMALL, "--learning-rate", "-1"], "at least 0, not -1"),
+    "momentum": (["train", *SMALL, "--momentum", "1"], "momentum must lie in [0, 1)"),
+    "epochs": (["train", *SMALL, "--epochs", "0"], "epochs must be a finite number above 0"),
+    "steps": (["train", *SMALL, "--steps", "0"], "steps must be at least 1"),
+    "log_every": (["train", *SMALL, "--log-every", "0"], "log_every is 0"),
+    "devices": (["train", *SMALL, "--num-devices", "9"], "9 devices asked for; there are 8"),
+    "no jit": (["train", *SMALL, "--no-jit", "--strategy", "pmap"], "without jit"),
+    "eval of nothing": (["eval", "--run-dir", "nowhere"], "nowhere is not the folder of a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, case):
+    words, message = BAD[case]
+    assert cifar(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert files_below(tmp_path) == []
+
+
+def test_bad_run_folders(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert cifar("train", *SMALL, "--run-dir", "file") == 2
+    assert "the run folder file is a file" in capsys.readouterr().err
+    assert cifar("train", *SMALL, "--steps", "2", "--run-dir", "r") == 0
+    before = files_below(tmp_path)
+    capsys.readouterr()
+    assert cifar("train", *SMALL, "--steps", "2", "--run-dir", "r", "--seed", "1") == 2
+    assert "another config: seed 0 -> 1; " in capsys.readouterr().err
+    assert cli.main(digits.EXPERIMENT, ["train", "--run-dir", "r"]) == 2
+    assert "holds a run of cifar10, not of digits" in capsys.readouterr().err
+    assert files_below(tmp_path) == before
+
+
+def test_damaged_checkpoints_and_other_models(tmp_path, capsys):
+    words = ["train", *SMALL, "--steps", "2", "--run-dir", "r", "--num-devices", "1"]
+    assert cifar(*words) == 0
+    capsys.readouterr()
+    assert cifar(*words[:-4], "--run-dir", "r", "--model", "lenet", "--allow-change") == 2
+    assert "is of another model or optimizer: " in capsys.readouterr().err
+    assert cifar(*words, "--allow-change") == 0
+    step = tmp_path / "r" / "checkpoints" / "00000002"
+    largest = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    capsys.readouterr()
+    for command in (words, ["eval", "--run-dir", "r"]):
+        assert cifar(*command) == 2
+        error = capsys.readouterr().err
+        assert "the checkpoint of step 2 is damaged" in error
+        assert len(error.strip().splitlines()) == 1
+    shutil.rmtree(step)
+    assert cifar(*words) == 0
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys):
+    words = ["train", *SMALL, "--learning-rate", "1e30", "--epochs", "1", "--num-devices", "1"]
+    assert cifar(*words) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: step \d+ was not applied: its loss is", error)
+    rows = (tmp_path / "runs/cifar10/metrics.jsonl").read_text()
+    assert "NaN" not in rows
+    assert not list((tmp_path / "runs/cifar10/checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help(capsys, words):
+    try:
+        status = cifar(*words)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_data_that_is_wrong(tmp_path, capsys):
+    folder = tmp_path / "data" / "cifar10" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    for name in names:
+        (folder / name).write_bytes(b"\0" * 3073)
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij"))
+    assert cifar("train") == 2
+    error = capsys.readouterr().err
+    assert "3,073 bytes" in error
+    assert len(error.strip().splitlines()) == 1
+    (folder / "test_batch.bin").unlink()
+    assert cifar("train") == 2
+    assert "test_batch.bin" in capsys.readouterr().err
+    assert not os.path.exists("runs")

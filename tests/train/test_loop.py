@@ -1,0 +1,113 @@
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnets import errors
+from jaxnets.data import Batches
+from jaxnets.train import Clock, create_state, fit, make_strategy, make_train_step
+from jaxnets.train.hooks import Evaluate, LogMetrics, StopOnSignal
+from jaxnets.train.metrics_log import MetricsLog
+
+DATA = {"x": np.arange(12, dtype=np.float32)}
+TX = optax.sgd(0.01)
+
+
+def loss_fn(params, model_state, batch, *, key):
+    return {"loss": params * batch["x"]}, model_state, {}
+
+
+def start():
+    strategy = make_strategy(num_devices=1)
+    state = strategy.init(
+        lambda: create_state(lambda key: (jnp.float32(1), {}), TX, key=jax.random.key(0))
+    )
+    return strategy.compile_step(functools.partial(make_train_step, loss_fn, TX), DATA), state
+
+
+def test_hooks_see_every_step_with_its_own_state_and_metrics():
+    step, state = start()
+    batches = Batches(12, 4, 36, seed=1)
+    seen = []
+
+    def hook(number, state, metrics):
+        seen.append((number, int(state.step), metrics.step, metrics.read()["loss"]))
+
+    clock = Clock()
+    state, reason = fit(step, state, batches, hooks=[hook], clock=clock)
+    assert reason is None
+    assert [row[:3] for row in seen] == [(i, i, i) for i in range(1, 10)]
+    # The loss of step i is that of the parameters before it.
+    params = 1.0
+    for i, (*_, loss) in enumerate(seen):
+        mean = DATA["x"][batches[i]["index"]].mean()
+        np.testing.assert_allclose(loss, params * mean, rtol=1e-5)
+        params -= 0.01 * mean
+    assert clock.steps == 8  # the first one is compilation
+    assert clock.train > 0
+    assert clock.compile > 0
+
+
+def test_a_hook_can_stop_the_run_and_it_can_be_gone_on_with():
+    step, state = start()
+    batches = Batches(12, 4, 36, seed=1)
+    whole, _ = fit(step, start()[1], batches)
+    state, reason = fit(
+        step, state, batches, hooks=[lambda number, *_: "enough" if number == 4 else None]
+    )
+    assert (int(state.step), reason) == (4, "enough")
+    state, reason = fit(step, state, batches)
+    assert (int(state.step), reason) == (9, None)
+    assert float(state.params) == float(whole.params)
+
+
+@pytest.mark.parametrize("at", [1, 5, 9])
+def test_a_non_finite_loss_stops_the_run_with_nothing_written(tmp_path, at):
+    step, state = start()
+    batches = [dict(draw) for draw in Batches(12, 4, 36, seed=1)]
+
+    def faulty(state, draw):
+        if int(state.step) == at - 1:
+            state = jax.tree.map(jnp.copy, state)
+            state.params.block_until_ready()
+            draw = {**draw, "index": draw["index"] + 100}  # out of range: NaN
+        return step(state, draw)
+
+    log = MetricsLog(tmp_path, step=0)
+    hooks = [LogMetrics(log, every=1, num_steps=9, steps_per_epoch=3)]
+    message = rf"step {at} was not applied: its loss is nan"
+    with pytest.raises(errors.NonFiniteError, match=message) as error:
+        fit(faulty, state, batches, hooks=hooks)
+    assert "examples" in str(error.value)
+    log.close()
+    assert [row["step"] for row in log.rows] == list(range(1, at))
+
+
+def test_a_signal_stops_after_the_step():
+    step, state = start()
+    with StopOnSignal().installed() as stop:
+
+        def send(number, *_):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.getsignal(signal.SIGTERM)
+        state, reason = fit(step, state, Batches(12, 4, 36), hooks=[send, stop])
+        assert signal.getsignal(signal.SIGTERM) != before  # a second one kills
+    assert (int(state.step), reason) == (3, "SIGTERM")
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    step, state = start()
+    plain, _ = fit(step, start()[1], Batches(12, 4, 36))
+    log = MetricsLog(tmp_path, step=0)
+    evaluation = Evaluate(lambda state: {"p": float(state.params)}, log, lambda n: n % 2 == 0)
+    state, _ = fit(step, state, Batches(12, 4, 36), hooks=[evaluation])
+    log.close()
+    assert float(state.params) == float(plain.params)
+    assert sorted(evaluation.results) == [2, 4, 6, 8]

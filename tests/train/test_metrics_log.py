@@ -1,0 +1,74 @@
+import csv
+import json
+
+import pytest
+
+from jaxnets import errors
+from jaxnets.train.metrics_log import MetricsLog, read_rows
+
+
+def write(folder, steps, start=0, evaluate=()):
+    log = MetricsLog(folder, step=start)
+    for step in steps:
+        log.write(step, {"loss": 1 / step, "accuracy": step / 10})
+        if step in evaluate:
+            log.write(step, {"eval/loss": 2 / step})
+    log.close()
+    return log
+
+
+def both(folder):
+    return (folder / "metrics.jsonl").read_bytes(), (folder / "metrics.csv").read_bytes()
+
+
+def test_three_forms_of_the_same(tmp_path):
+    write(tmp_path, [1, 2, 3], evaluate=[2])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0] == {"step": 1, "loss": 1.0, "accuracy": 0.1}
+    assert rows[2] == {"step": 2, "eval/loss": 1.0}
+    with (tmp_path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert table[2] == {"step": "2", "loss": "", "accuracy": "", "eval/loss": "1.0"}
+    assert len(table) == 4
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert events.Scalars("eval/loss")[0].value == 1.0
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("restored", range(6))
+def test_a_resumed_log_equals_an_unbroken_one(tmp_path, stop, restored):
+    if restored > stop:
+        return
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "whole", range(1, 7), evaluate=[3, 6])
+    write(tmp_path / "parts", range(1, stop + 1), evaluate=[3, 6])
+    write(tmp_path / "parts", range(restored + 1, 7), start=restored, evaluate=[3, 6])
+    assert both(tmp_path / "whole") == both(tmp_path / "parts")
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    write(tmp_path, [3], start=2)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    text = (tmp_path / "metrics.jsonl").read_text().replace('"step": 2', '"stop": 2')
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(errors.ConfigError, match=r"metrics.jsonl, line 2"):
+        MetricsLog(tmp_path, step=3)
+
+
+def test_non_finite_values_become_null(tmp_path):
+    log = MetricsLog(tmp_path, step=0)
+    log.write(1, {"eval/loss": float("inf")})
+    log.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "eval/loss": None}]
