@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxnets import cli, data, losses, metrics, models, ops, registry
+from jaxnets import cli, data, errors, losses, metrics, models, ops, registry
 from jaxnets.config import RunOptions
 from jaxnets.recipe import Recipe, count_positions
 
@@ -37,6 +37,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     build = registry.get("model", config.model)
     optimizer = registry.get("optimizer", config.optimizer)
     tx = optimizer(config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    if not 0 <= config.label_smoothing <= 1:
+        raise errors.ConfigError(f"label smoothing lies in [0, 1], not {config.label_smoothing}")
     images = data.load(config.dataset, data_dir=options.data_dir, verify=options.verify)
     shape = images.train["image"].shape
     init_fn, apply_fn = models.functional(

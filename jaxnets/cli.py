@@ -91,40 +91,40 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
     folder = Path("runs") / (f"{experiment.name}-{preset}" if preset else experiment.name)
     parse = partial(parse_flags, words, prog=f"{prog} {command}", about=experiment.about)
     config, options = parse(default)
-    options = dataclasses.replace(options, run_dir=options.run_dir or folder)
+    folder = options.run_dir or folder
+    options = dataclasses.replace(options, run_dir=folder)
     if command == "eval":
         # The run says what it was trained with; flags may still change where and on what.
-        stored = run_folder.read_config(options.run_dir)
+        stored = run_folder.read_config(folder)
         if stored["experiment"] != experiment.name:
             raise errors.ConfigError(
-                f"{options.run_dir} holds a run of {stored['experiment']}, not of {experiment.name}"
+                f"{folder} holds a run of {stored['experiment']}, not of {experiment.name}"
             )
         config, _ = parse(from_json(type(default), stored["config"]))
-        return _eval(experiment, config, options)
+        return _eval(experiment, config, options, folder)
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
         recipe = experiment.make_recipe(config, options)
         return run_duel(experiment.name, recipe, config, options)
-    return _train(experiment, config, options)
+    return _train(experiment, config, options, folder)
 
 
-def _train(experiment: Experiment, config: Any, options: RunOptions) -> int:
+def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
     for name in ("log_every", "eval_every", "checkpoint_every"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
     sharding.check_divides(recipe.batch_size, strategy.num_devices, recipe.accumulate)
-    assert options.run_dir is not None
     opened = run_folder.open_run(
-        options.run_dir,
+        folder,
         experiment.name,
         to_json(config),
         resume=options.resume,
         allow_change=options.allow_change,
     )
-    with opened as folder, hooks.StopOnSignal().installed() as stop:
+    with opened, hooks.StopOnSignal().installed() as stop:
         result = _train_in(folder, recipe, options, strategy, stop)
         if stop.signal is not None:
             return 128 + stop.signal
@@ -247,14 +247,11 @@ def _train_in(
     return result
 
 
-def _eval(experiment: Experiment, config: Any, options: RunOptions) -> int:
+def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
     strategy = _strategy(options)
-    assert options.run_dir is not None
     recipe = experiment.make_recipe(config, options)
     chosen = options.checkpoint
-    with checkpoint.Checkpoints(
-        options.run_dir / "checkpoints", maximize=recipe.maximize
-    ) as checkpoints:
+    with checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize) as checkpoints:
         if chosen in ("latest", "best"):
             step = checkpoints.latest() if chosen == "latest" else checkpoints.best()
         elif chosen.isdigit():
@@ -262,7 +259,7 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions) -> int:
         else:
             raise errors.unknown("checkpoint", chosen, ("latest", "best", "the number of a step"))
         if step is None:
-            raise errors.CheckpointError(f"{options.run_dir} has no {chosen} checkpoint yet")
+            raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
         state, _ = checkpoints.restore(step, strategy.abstract(_make_state(recipe)))
     values = _evaluator(recipe, strategy)(state)
     print(json.dumps({"step": step, "eval": values}))

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,8 +78,7 @@ def parse_flags(
     for word in argv:
         flag = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and flag not in flags | {"--help"}:
-            near = errors.unknown("flag", flag, flags)
-            raise errors.ConfigError(f"{str(near).split(' (there')[0].split(': there')[0]} (see --help)")
+            raise errors.unknown("flag", flag, flags, advice="see --help")
     fields = [
         ("config", tyro.conf.OmitArgPrefixes[type(config)], config),
         ("options", tyro.conf.OmitArgPrefixes[RunOptions], given),
@@ -168,8 +166,3 @@ def _one_line(box: str) -> str:
     lines = [line for line in lines if line]
     stop = next((i for i, line in enumerate(lines) if line.startswith(("Argument help", "For full"))), 9)
     return f"{' '.join(lines[1:stop]) or 'the flags could not be read'} (see --help)"
-
-
-def is_terminal() -> bool:
-    """Whether someone watches standard error."""
-    return sys.stderr.isatty()

@@ -28,8 +28,14 @@ class ParityError(UserError):
     """Two implementations that should compute the same thing do not."""
 
 
-def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
-    """The error for a name that isn't there, with the nearest ones that are.
+def unknown(kind: str, name: str, names: Iterable[str], *, advice: str = "") -> ConfigError:
+    """The error for a name that isn't there, with the nearest one that is.
+
+    Args:
+        kind: what the name should be the name of.
+        name: the one that isn't there.
+        names: those that are.
+        advice: said in place of the whole list of names.
 
     Example:
         >>> str(unknown("model", "lanet", ["lenet", "mlp"]))
@@ -38,5 +44,5 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> ConfigError:
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else ":"
-    close = (f"(there are: {', '.join(names)})") if near else f"there are: {', '.join(names)}"
-    return ConfigError(f"unknown {kind} {name!r}{hint} {close}")
+    advice = advice or f"there are: {', '.join(names)}"
+    return ConfigError(f"unknown {kind} {name!r}{hint} {f'({advice})' if near else advice}")

@@ -5,6 +5,7 @@ when the name is first looked up. So listing what there is imports nothing.
 """
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def register(kind: str, name: str, target: str | Callable[..., Any]) -> None:
     table = _table(kind)
     if name in table:
         raise errors.ConfigError(f"{kind} {name!r} is already registered")
-    if isinstance(target, str) and target.count(":") != 1:
+    if isinstance(target, str) and not re.fullmatch(r"[\w.]+:\w+", target):
         raise errors.ConfigError(f"{kind} {name!r}: {target!r} is not 'module:function'")
     table[name] = target
 

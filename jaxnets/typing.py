@@ -7,7 +7,7 @@ L layers. Images are NHWC.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -29,6 +29,19 @@ WeightsFn = Callable[[Batch], Mapping[str, Array]]
 
 EvalFn = Callable[..., Metrics]
 """`eval_fn(params, model_state, batch) -> {name: metric}`"""
+
+
+class Indexed(Protocol):
+    """What can be counted and indexed: a list of batches, or `jaxnets.data.Batches`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, i: int, /) -> Any:
+        """The i-th, from 0."""
+        ...
+
 
 Hook = Callable[..., str | None]
 """`hook(step, state, metrics) -> None`, or the reason why the run should stop here."""

@@ -131,6 +131,7 @@ BAD = {
     "rate inf": (["train", *SMALL, "--learning-rate", "inf"], "finite number"),
     "rate negative": (["train", *SMALL, "--learning-rate", "-1"], "at least 0, not -1"),
     "momentum": (["train", *SMALL, "--momentum", "1"], "momentum must lie in [0, 1)"),
+    "smoothing": (["train", *SMALL, "--label-smoothing", "2"], "label smoothing lies in [0, 1]"),
     "epochs": (["train", *SMALL, "--epochs", "0"], "epochs must be a finite number above 0"),
     "steps": (["train", *SMALL, "--steps", "0"], "steps must be at least 1"),
     "log_every": (["train", *SMALL, "--log-every", "0"], "log_every is 0"),

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,48 +15,45 @@ import pytest
 
 from experiments import cifar10
 from jaxnets import cli
-from jaxnets.config import RunOptions
+from jaxnets.config import RunOptions, to_json
 from jaxnets.train import Checkpoints, make_strategy
 
+ROOT = Path(cifar10.__file__).parents[1]
 # BatchNorm statistics, dropout, moments, a short last batch, evaluations and saves all the time.
 CONFIG = cifar10.Config(
-    dataset="digits",
-    model="convnet",
-    optimizer="adam",
-    learning_rate=0.001,
-    batch_size=32,
-    epochs=4.01,
+    dataset="noise", model="convnet", optimizer="adam", learning_rate=0.001, batch_size=24
 )
-OPTIONS = ["--log-every", "1", "--eval-every", "4", "--checkpoint-every", "2", "--num-devices", "1"]
-ROOT = Path(cifar10.__file__).parents[1]
+OPTIONS = ["--log-every", "1", "--eval-every", "8", "--checkpoint-every", "2", "--num-devices", "1"]
 
 
-def command(folder):
-    flags = [
-        "--dataset", CONFIG.dataset, "--model", CONFIG.model, "--optimizer", CONFIG.optimizer,
-        "--learning-rate", str(CONFIG.learning_rate), "--batch-size", str(CONFIG.batch_size),
-        "--epochs", str(CONFIG.epochs),
-    ]  # fmt: skip
-    return [
-        sys.executable,
-        "-m",
-        "experiments.cifar10",
-        "train",
-        *flags,
-        *OPTIONS,
-        "--run-dir",
-        folder,
-    ]
+def write_data(folder):
+    """An idx set of 8x8 images, in which an epoch is no whole number of batches."""
+    rng = np.random.default_rng(0)
+    (folder / "noise").mkdir(parents=True)
+    for part, size in (("train", 250), ("t10k", 50)):
+        images = rng.integers(0, 256, (size, 8, 8), dtype=np.uint8)
+        labels = rng.integers(0, 10, size, dtype=np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape)
+            (folder / "noise" / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    return folder
 
 
-def start(folder, **options):
+def command(folder, data, epochs):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in to_json(CONFIG).items()
+             if name in ("dataset", "model", "optimizer", "learning_rate", "batch_size")]  # fmt: skip
+    flags += [*OPTIONS, f"--epochs={epochs}", f"--run-dir={folder}", f"--data-dir={data}"]
+    return [sys.executable, "-m", "experiments.cifar10", "train", *flags]
+
+
+def start(folder, data, epochs, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command(str(folder)), cwd=ROOT, env=environment, **options)
+    return subprocess.Popen(command(folder, data, epochs), cwd=ROOT, env=environment, **options)
 
 
-def final(folder):
+def final(folder, data):
     """Everything that an unbroken run and a broken one must agree on."""
-    recipe = cifar10.make_recipe(CONFIG, RunOptions())
+    recipe = cifar10.make_recipe(CONFIG, RunOptions(data_dir=data))
     make_state = cli._make_state(recipe)
     checkpoints = Checkpoints(folder / "checkpoints")
     strategy = make_strategy(num_devices=1)
@@ -75,60 +73,64 @@ def assert_same(one, two):
     assert one[2] == two[2]
 
 
-def kill_at_random(folder, rng, num_kills):
+def unfinished(folder):
+    """The checkpoints that are being written."""
+    paths = (folder / "checkpoints").glob("*")
+    return [path for path in paths if path.is_dir() and not (path / "manifest.json").exists()]
+
+
+def kill_at_random(folder, data, epochs, rng, num_kills):
     """Kill the run that often between its first step and its end; how often in a save."""
     in_save = 0
+    log = folder / "metrics.jsonl"
     for kill in range(num_kills):
-        process = start(folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        log = folder / "metrics.jsonl"
-        before = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            grown = log.exists() and log.stat().st_size != before
-            if grown:
+        process = start(folder, data, epochs, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        written = log.stat().st_mtime_ns if log.exists() else 0
+        cut_back = 0  # a resumed run first cuts the log back, then writes behind that
+        while process.poll() is None:
+            now = log.stat().st_mtime_ns if log.exists() else 0
+            if now != written and not cut_back:
+                cut_back = log.stat().st_size + 1
+            if cut_back and log.stat().st_size >= cut_back:
                 break
-            time.sleep(0.01)
-        if kill % 2 and process.poll() is None:  # in the middle of a save
-            while process.poll() is None and time.monotonic() < deadline:
-                unfinished = [
-                    p for p in (folder / "checkpoints").glob("*")
-                    if p.is_dir() and not (p / "manifest.json").exists()
-                ]  # fmt: skip
-                if unfinished:
-                    break
-        else:
-            time.sleep(rng.uniform(0, 0.6))
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.5))
+        while kill % 2 and process.poll() is None and not unfinished(folder):
+            pass  # until it is in the middle of a save
         assert process.poll() is None, "the run ended before it could be killed: make it longer"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        in_save += any(
-            p.is_dir() and not (p / "manifest.json").exists() for p in (folder / "checkpoints").glob("*")
-        )
+        in_save += bool(unfinished(folder))
     return in_save
 
 
-def check_kills(tmp_path, num_kills, seed):
-    assert start(tmp_path / "whole", stderr=subprocess.DEVNULL).wait() == 0
-    in_save = kill_at_random(tmp_path / "broken", random.Random(seed), num_kills)
-    assert start(tmp_path / "broken", stderr=subprocess.DEVNULL).wait() == 0
-    assert_same(final(tmp_path / "whole"), final(tmp_path / "broken"))
+def check_kills(tmp_path, num_kills, epochs, seed):
+    data = write_data(tmp_path / "data")
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    assert start(tmp_path / "whole", data, epochs, **quiet).wait() == 0
+    in_save = kill_at_random(tmp_path / "broken", data, epochs, random.Random(seed), num_kills)
+    assert start(tmp_path / "broken", data, epochs, **quiet).wait() == 0
+    assert_same(final(tmp_path / "whole", data), final(tmp_path / "broken", data))
     return in_save
 
 
 @pytest.mark.timeout(600)
 def test_two_kills(tmp_path):
-    check_kills(tmp_path, 2, seed=0)
+    check_kills(tmp_path, 2, epochs=20.3, seed=0)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_ten_kills(tmp_path):
-    in_save = check_kills(tmp_path, 10, seed=1)
-    assert in_save >= 2
+    in_save = check_kills(tmp_path, 10, epochs=80.3, seed=1)
+    assert in_save >= 3
 
 
 def test_sigterm_saves_and_says_so(tmp_path):
-    process = start(tmp_path / "r", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    data = write_data(tmp_path / "data")
+    process = start(
+        tmp_path / "r", data, 500, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     log = tmp_path / "r" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,12 +231,16 @@ def _rounds(contenders: Sequence[Contender], seconds: float) -> None:
         batch_size = contender.facts["settings"]["batch_size"]
         contender.steps = max(1, round(contender.rate * each / batch_size))
         contender.rounds.clear()
+    start = time.monotonic()
     for i in range(count):
+        if i >= MIN_ROUNDS and time.monotonic() - start > 2 * seconds:
+            _say(f"stopped after {i} rounds: the machine is busy with other work")
+            break
         first = i % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
             batch_size = contender.facts["settings"]["batch_size"]
-            seconds = contender.train(contender.steps)
-            contender.rounds.append(contender.steps * batch_size / seconds)
+            took = contender.train(contender.steps)
+            contender.rounds.append(contender.steps * batch_size / took)
         if (i + 1) % 5 == 0 or i + 1 == count:
             _say(f"round {i + 1} of {count}")
 

@@ -52,7 +52,10 @@ class Record:
 
 def initial_variables(recipe: Recipe) -> dict[str, Any]:
     """Parameters and model state as training starts with them, on the host."""
-    state = create_state(recipe.init_fn, recipe.tx, key=jax.random.key(recipe.seed))
+    key = jax.random.key(recipe.seed)
+    state = make_strategy("jit", num_devices=1).init(
+        lambda: create_state(recipe.init_fn, recipe.tx, key=key)
+    )
     return jax.device_get({"params": state.params, **state.model_state})
 
 

@@ -22,9 +22,13 @@ class JaxSide:
     """Trains as the `train` command does, on one device."""
 
     def __init__(self, spec: Mapping[str, Any]):
+        # tensorboardX imports PyTorch where it is there; JAX's side must not pay for that.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
         import jax
 
         from jaxnets import train
+
+        del sys.modules["torch"]
         from jaxnets.config import RunOptions, from_json
 
         # Compilation is part of the report, so it isn't taken from a cache.

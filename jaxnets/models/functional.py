@@ -50,9 +50,9 @@ def functional(
         variables = {"params": params, **model_state}
         rngs: Any = {} if key is None else {"dropout": key}
         arguments = {"train": train, "rows": rows, "mask": mask, "rngs": rngs}
-        if not train or not model_state:
-            return model.apply(variables, x, **arguments), model_state
-        output, changed = model.apply(variables, x, **arguments, mutable=list(model_state))
-        return output, dict(changed)
+        changing = list(model_state) if train else []
+        output: Any
+        output, changed = model.apply(variables, x, **arguments, mutable=changing)
+        return output, {**model_state, **changed}
 
     return init_fn, apply_fn

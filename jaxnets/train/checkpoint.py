@@ -194,7 +194,7 @@ class Checkpoints:
                 )
         self._verify(step, manifest)
         try:
-            restored = ocp.load(self._folder_of(step) / "state", _as_dict(abstract))
+            restored = ocp.load(str(self._folder_of(step) / "state"), _as_dict(abstract))
         except Exception as error:
             raise errors.CheckpointError(
                 f"the checkpoint in {self._folder_of(step)} can't be read: {_first_line(error)}"
@@ -217,7 +217,7 @@ class Checkpoints:
         folder = self._folder_of(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        ocp.save(folder / "state", arrays)
+        ocp.save(str(folder / "state"), arrays)
         files = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             _sync(path)

@@ -1,6 +1,6 @@
 """Evaluation that counts every example exactly once, on any number of devices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxnets.ops.partition import data_axis, data_sum
 from jaxnets.train.state import TrainState
-from jaxnets.typing import Batch, EvalFn, PyTree
+from jaxnets.typing import Batch, EvalFn, Indexed, PyTree
 
 
 def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable[..., PyTree]:
@@ -35,7 +35,7 @@ def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable
 
 
 def evaluate(
-    eval_step: Callable[..., PyTree], state: TrainState, batches: Sequence[Any]
+    eval_step: Callable[..., PyTree], state: TrainState, batches: Indexed
 ) -> dict[str, float | int]:
     """Evaluate over all batches.
 

@@ -121,7 +121,7 @@ class StopOnSignal:
 
         def listen(number: int, _: object) -> None:
             self.signal = number
-            signal.signal(number, old[number])
+            signal.signal(number, old[signal.Signals(number)])
 
         for number in numbers:
             signal.signal(number, listen)

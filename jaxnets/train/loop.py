@@ -9,7 +9,7 @@ import jax
 
 from jaxnets import errors
 from jaxnets.train.state import TrainState
-from jaxnets.typing import Hook
+from jaxnets.typing import Hook, Indexed
 
 
 class StepMetrics:
@@ -87,7 +87,7 @@ class Clock:
 def fit(
     train_step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
     state: TrainState,
-    batches: Sequence[Any],
+    batches: Indexed,
     *,
     hooks: Sequence[Hook] = (),
     clock: Clock | None = None,

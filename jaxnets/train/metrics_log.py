@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from tensorboardX import SummaryWriter
-
 from jaxnets import errors
 from jaxnets.train.checkpoint import write_atomically
 
@@ -31,6 +29,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, step: int):
+        # Only here: it imports PyTorch where that is installed, and sets an environment variable.
+        from tensorboardX import SummaryWriter
+
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self._columns: list[str] = []
         self.rows = _rows_until(self._jsonl, step)
@@ -101,7 +102,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _rows_until(path: Path, step: int) -> list[Row]:
-    return [row for row in read_rows(path) if row["step"] <= step]
+    return [row for row in read_rows(path) if (row["step"] or 0) <= step]
 
 
 def _finite(value: float) -> float | None:

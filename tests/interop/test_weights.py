@@ -42,9 +42,9 @@ def test_layouts_are_those_of_pytorch(variables):
     assert state["conv1.weight"].shape == (4, 2, 3, 5)
     assert state["conv1.weight"][3, 1, 2, 4] == params["conv1"]["kernel"][2, 4, 1, 3]
     assert state["classifier.last.weight"][2, 6] == params["head"]["kernel"][6, 2]
-    # Pixel (1, 2) of channel 3 in an image of 2x3x4: its place in NHWC and in NCHW.
+    # Pixel (1, 0) of channel 2 in an image of 2x3x4: its place in NHWC and in NCHW.
     kernel = params["block"]["dense1"]["kernel"]
-    assert state["block.dense1.weight"][5, 3 * 6 + 1 * 3 + 2] == kernel[(1 * 3 + 2) * 4 + 3, 5]
+    assert state["block.dense1.weight"][5, 2 * 6 + 1 * 3 + 0] == kernel[(1 * 3 + 0) * 4 + 2, 5]
     assert state["norm1.running_var"] is variables["batch_stats"]["norm1"]["var"]
     assert state["norm1.num_batches_tracked"] == 0
 

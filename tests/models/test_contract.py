@@ -17,6 +17,7 @@ from jaxnets import losses, models, ops, registry
 NAMES = registry.names("model")
 every_model = pytest.mark.parametrize("name", NAMES)
 V, B = 5, 16  # classes, rows: two for each of eight devices
+QUICK = {"xla_backend_optimization_level": 0}
 
 TINY = {  # fields, and the shape of an image
     "lenet": ({}, (16, 17, 3)),
@@ -92,6 +93,21 @@ def train(name, params, model_state, batch, axis_name=None):
         return (*ops.data_sum((loss, grads)), changed, logits)
 
 
+@cache
+def step_of(name):
+    """`train`, compiled once for all tests, and a list that grows with every trace.
+
+    Without LLVM's optimisations, which take most of the time and change no more than rounding.
+    """
+    traces = []
+
+    def step(params, model_state, batch):
+        traces.append(None)
+        return train(name, params, model_state, batch)
+
+    return jax.jit(step, compiler_options=QUICK), traces
+
+
 def assert_close(left, right, **tolerance):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, **tolerance)
@@ -99,14 +115,8 @@ def assert_close(left, right, **tolerance):
 
 @every_model
 def test_outputs_gradients_and_the_number_of_traces(name):
-    params, model_state = start(name)
-    traces = []
-
-    @jax.jit
-    def step(params, model_state, batch):
-        traces.append(None)
-        return train(name, params, model_state, batch)
-
+    params, model_state = cast(start(name), np.float32)
+    step, traces = step_of(name)
     _, grads, changed, logits = step(params, model_state, batch_of(name))
     assert logits.shape == (B, V)
     assert logits.dtype == jnp.float32
@@ -114,11 +124,15 @@ def test_outputs_gradients_and_the_number_of_traces(name):
         assert np.isfinite(leaf).all()
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.any(np.asarray(leaf) != 0), f"{jax.tree_util.keystr(path)} learns nothing"
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, model_state))
-    after = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (grads, changed))
-    assert after == shapes
-    step(cast(grads, np.float32), changed, batch_of(name))
-    assert len(traces) == 1
+    before, after = (
+        jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+        for tree in ((params, model_state), (grads, changed))
+    )
+    assert after == before
+    num_traces = len(traces)
+    batch = jax.tree.map(lambda x: x[::-1], batch_of(name))
+    step(jax.tree.map(jnp.subtract, params, grads), changed, batch)
+    assert len(traces) == num_traces, "what a step gives back has it traced anew"
 
 
 @every_model
@@ -136,20 +150,24 @@ def test_jit_equals_eager(name):
 def test_eight_devices_equal_one(name, strategy, x64):
     params, model_state = cast(start(name), np.float64)
     batch = batch_of(name, np.float64)
-    expected = jax.jit(partial(train, name))(params, model_state, batch)
+    step, _ = step_of(name)
+    expected = step(params, model_state, batch)
     assert expected[3].dtype == jnp.float64
     if strategy == "jit":
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-        result = jax.jit(partial(train, name))(params, model_state, spread)
+        result = step(params, model_state, spread)
         assert len(result[3].sharding.device_set) == 8
     else:
-        step = partial(train, name, axis_name="data")
         mapped = jax.pmap(
-            step, axis_name="data", in_axes=(None, None, 0), out_axes=(None, None, None, 0)
+            partial(train, name, axis_name="data"),
+            axis_name="data",
+            in_axes=(None, None, 0),
+            out_axes=(None, None, None, 0),
         )
         parts = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
-        *sums, logits = mapped(params, model_state, parts)
+        # pmap takes no compiler options; a jit around it does.
+        *sums, logits = jax.jit(mapped, compiler_options=QUICK)(params, model_state, parts)
         result = (*sums, logits.reshape(B, V))
     assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
@@ -159,7 +177,8 @@ def test_evaluation_of_a_row_does_not_depend_on_the_others(name):
     params, model_state = start(name)
     _, apply_fn, _ = tiny(name)
     image = batch_of(name)["image"]
-    evaluate = jax.jit(lambda image: apply_fn(params, model_state, image, train=False)[0])
+    apply = partial(apply_fn, params, model_state, train=False)
+    evaluate = jax.jit(lambda image: apply(image)[0], compiler_options=QUICK)
     logits = np.asarray(evaluate(image))
     assert logits.shape == (B, V)
     assert np.isfinite(logits).all()
@@ -176,7 +195,7 @@ def test_evaluation_of_a_row_does_not_depend_on_the_others(name):
 def test_padding_changes_nothing_else(name):
     params, model_state = start(name)
     batch = batch_of(name)
-    step = jax.jit(partial(train, name))
+    step, _ = step_of(name)
     mask = np.asarray(batch["mask"])
     assert 0 < mask.sum() < B
 
@@ -199,11 +218,11 @@ def test_padding_changes_nothing_else(name):
 def test_training_follows_the_rows_wherever_they_are(name, x64):
     params, model_state = cast(start(name), np.float64)
     batch = batch_of(name, np.float64)
-    step = jax.jit(partial(forward, name))
+    step, _ = step_of(name)
     order = np.random.default_rng(1).permutation(B)
-    logits, changed = step(params, model_state, batch)
-    moved, moved_state = step(params, model_state, jax.tree.map(lambda x: x[order], batch))
-    assert_close((moved, moved_state), (logits[order], changed), rtol=1e-12, atol=1e-12)
+    *expected, logits = step(params, model_state, batch)
+    *result, moved = step(params, model_state, jax.tree.map(lambda x: x[order], batch))
+    assert_close((result, moved), (expected, logits[order]), rtol=1e-12, atol=1e-12)
 
 
 @every_model
@@ -223,9 +242,11 @@ def test_the_compute_dtype_is_not_that_of_the_parameters(name):
         assert {leaf.dtype for leaf in jax.tree.leaves(changed)} <= {np.dtype("float32")}
     values = cast(start(name), np.float32)
     image = batch_of(name)["image"]
-    rounded = jax.jit(partial(apply, train=False))(*values, image)[0].astype(jnp.float32)
-    exact = jax.jit(lambda image: tiny(name)[1](*values, image, train=False)[0])(image)
-    np.testing.assert_allclose(rounded, exact, atol=0.05 * np.abs(exact).max())
+    rounded, exact = (
+        jax.jit(lambda image, fn=fn: fn(*values, image, train=False)[0], compiler_options=QUICK)(image)
+        for fn in (apply_fn, tiny(name)[1])
+    )
+    np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
 
 
 @every_model

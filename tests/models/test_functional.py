@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,8 @@ import pytest
 
 from jaxnets import models
 
+# Without LLVM's optimisations, which take most of the time.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(3)
 IMAGE = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4, 4, 1)), jnp.float32)
 EXAMPLE = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
@@ -20,7 +24,7 @@ def stateful():
 
 def test_what_a_model_without_state_gives():
     init_fn, apply_fn = models.functional(stateless(), EXAMPLE)
-    params, model_state = jax.jit(init_fn)(KEY)
+    params, model_state = jit(init_fn)(KEY)
     assert model_state == {}
     assert set(params) == {"dense1", "head"}
     for train in (True, False):
@@ -31,12 +35,12 @@ def test_what_a_model_without_state_gives():
 
 def test_only_training_changes_the_state():
     init_fn, apply_fn = models.functional(stateful(), EXAMPLE)
-    params, model_state = jax.jit(init_fn)(KEY)
+    params, model_state = jit(init_fn)(KEY)
     assert set(model_state) == {"batch_stats"}
     before = jax.tree.map(np.array, model_state)
     _, after = apply_fn(params, model_state, IMAGE, train=False)
     assert after is model_state
-    _, after = jax.jit(lambda *x: apply_fn(*x, train=True))(params, model_state, IMAGE)
+    _, after = jit(lambda *x: apply_fn(*x, train=True))(params, model_state, IMAGE)
     assert type(after) is type(model_state)
     assert jax.tree.structure(after) == jax.tree.structure(model_state)
     for new, old, kept in zip(*map(jax.tree.leaves, (after, model_state, before)), strict=True):
@@ -47,19 +51,19 @@ def test_only_training_changes_the_state():
 def test_the_start_is_that_of_the_module_and_depends_on_the_key_alone():
     model = stateful()
     init_fn, _ = models.functional(model, EXAMPLE)
-    params, model_state = jax.jit(init_fn)(KEY)
-    variables = jax.jit(model.init)(KEY, IMAGE[:1])  # other content than zeros
+    params, model_state = jit(init_fn)(KEY)
+    variables = jit(model.init)(KEY, IMAGE[:1])  # other content than zeros
     same = zip(*map(jax.tree.leaves, ({"params": params, **model_state}, variables)), strict=True)
     for left, right in same:
         np.testing.assert_array_equal(left, right)
-    other, _ = jax.jit(init_fn)(jax.random.key(4))
+    other, _ = jit(init_fn)(jax.random.key(4))
     assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
 def test_key_and_rows_reach_dropout():
     init_fn, apply_fn = models.functional(stateless(), EXAMPLE)
-    variables = jax.jit(init_fn)(KEY)
-    apply = jax.jit(lambda key, rows: apply_fn(*variables, IMAGE, train=True, key=key, rows=rows)[0])
+    variables = jit(init_fn)(KEY)
+    apply = jit(lambda key, rows: apply_fn(*variables, IMAGE, train=True, key=key, rows=rows)[0])
     rows = jnp.arange(6)
     output = apply(KEY, rows)
     np.testing.assert_array_equal(apply(KEY, rows), output)
@@ -72,8 +76,8 @@ def test_key_and_rows_reach_dropout():
 
 def test_the_mask_reaches_the_batch_statistics():
     init_fn, apply_fn = models.functional(stateful(), EXAMPLE)
-    variables = jax.jit(init_fn)(KEY)
-    step = jax.jit(lambda image, mask: apply_fn(*variables, image, train=True, mask=mask)[1])
+    variables = jit(init_fn)(KEY)
+    step = jit(lambda image, mask: apply_fn(*variables, image, train=True, mask=mask)[1])
     mask = jnp.arange(6) < 4
     kept = step(IMAGE, mask)
     changed = step(IMAGE.at[4:].set(50.0), mask)

@@ -91,11 +91,11 @@ def test_values_that_were_not_finite_are_left_out(tmp_path, monkeypatch, prefix)
     """metrics.jsonl holds None for them; a metric may have no other values."""
     rows = [
         {"step": step, f"{prefix}loss": value, f"{prefix}norm": None}
-        for step, value in enumerate([1.0, None, 3.0])
+        for step, value in enumerate([1.0, None, 0.0])
     ]
     panels = drawn(rows, tmp_path / "curves.png", monkeypatch)
     assert panels["loss"].get_lines()[0].get_xdata().tolist() == [0, 2]
-    assert panels["loss"].get_lines()[0].get_ydata().tolist() == [1, 3]
+    assert panels["loss"].get_lines()[0].get_ydata().tolist() == [1, 0]
     assert not panels["norm"].get_lines()
 
 
