@@ -75,13 +75,14 @@ def parse_flags(
     flags |= {
         f"--no-{name.replace('_', '-')}" for name, (_, kind) in names.items() if kind in (bool, "bool")
     }
+    flags |= {"--preset", "--help"}  # of which the first is read before
     for word in argv:
         flag = word.split("=")[0].replace("_", "-")
-        if word.startswith("--") and flag not in flags | {"--help"}:
+        if word.startswith("--") and flag not in flags:
             raise errors.unknown("flag", flag, flags, advice="see --help")
     fields = [
-        ("config", tyro.conf.OmitArgPrefixes[type(config)], config),
-        ("options", tyro.conf.OmitArgPrefixes[RunOptions], given),
+        ("experiment", tyro.conf.OmitArgPrefixes[type(config)], config),
+        ("run", tyro.conf.OmitArgPrefixes[RunOptions], given),
     ]
     both = dataclasses.make_dataclass(
         "Flags", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields]
@@ -94,7 +95,7 @@ def parse_flags(
         if not exit.code:
             raise
         raise errors.ConfigError(_one_line(printed.getvalue())) from None
-    return flags_read.config, flags_read.options
+    return flags_read.experiment, flags_read.run
 
 
 def preset_of(argv: Sequence[str], presets: Mapping[str, T]) -> tuple[str | None, list[str]]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 def somewhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXNETS_DATA", str(tmp_path / "data"))
+
+
+RECORDS = ("config.json", "metrics.jsonl", "metrics.csv", "result.json")
 
 
 def cifar(*words):
@@ -70,15 +74,40 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
 def test_the_same_command_again_goes_on_and_more_epochs_extend(tmp_path, capsys):
     words = ["train", *SMALL, "--num-devices", "1"]
     assert cifar(*words, "--steps", "5") == 0
-    first = (tmp_path / "runs/cifar10/metrics.jsonl").read_text()
-    assert cifar(*words, "--steps", "5") == 0
+    before = {name: (tmp_path / "runs/cifar10" / name).read_text() for name in RECORDS}
+    assert cifar(*words, "--steps", "5", "--strategy", "pmap") == 0
     assert "resuming at step 5 of 5" in capsys.readouterr().err
-    assert (tmp_path / "runs/cifar10/metrics.jsonl").read_text() == first
+    assert before == {name: (tmp_path / "runs/cifar10" / name).read_text() for name in RECORDS}
+    assert cifar(*words, "--steps", "4") == 2
+    assert "is at step 5 already, and this one would end at 4" in capsys.readouterr().err
+    assert before == {name: (tmp_path / "runs/cifar10" / name).read_text() for name in RECORDS}
     assert cifar(*words, "--steps", "9") == 0
     assert "resuming at step 5 of 9" in capsys.readouterr().err
     assert json.loads((tmp_path / "runs/cifar10/result.json").read_text())["steps"] == 9
     assert cifar(*words, "--steps", "3", "--no-resume") == 0
     assert json.loads((tmp_path / "runs/cifar10.1/result.json").read_text())["steps"] == 9
+
+
+def test_a_run_made_longer_equals_one_that_was_so_from_the_start(tmp_path, capsys):
+    """Two epochs end in a short batch, which the longer run must draw whole."""
+    words = ["train", *SMALL, "--num-devices", "1", "--eval-every", "15", "--log-every", "3"]
+    assert cifar(*words, "--epochs", "3", "--run-dir", "whole") == 0
+    assert cifar(*words, "--epochs", "2", "--run-dir", "parts") == 0
+    assert cifar(*words, "--epochs", "3", "--run-dir", "parts") == 0
+    assert "step 45 had a short batch; going on from before it" in capsys.readouterr().err
+    for name in ("metrics.jsonl", "metrics.csv"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+
+
+def test_a_record_that_is_gone_is_made_again(tmp_path):
+    words = ["train", *SMALL, "--steps", "3", "--num-devices", "1"]
+    assert cifar(*words) == 0
+    folder = tmp_path / "runs/cifar10"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "metrics.jsonl").unlink()
+    (folder / "result.json").unlink()
+    assert cifar(*words) == 0
+    assert json.loads((folder / "result.json").read_text())["eval"] == result["eval"]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +123,32 @@ def test_a_run_may_go_on_on_other_devices(tmp_path, change):
     np.testing.assert_allclose(one["eval"]["loss"], two["eval"]["loss"], rtol=1e-5)
 
 
+def test_images_too_small_for_the_model(tmp_path, capsys):
+    write_idx(tmp_path / "data" / "small")
+    assert cifar("train", "--dataset", "small", "--batch-size", "8") == 2
+    assert "the model does not fit the data: a (5, 5) kernel leaves" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def write_idx(folder, size=8):
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = struct.pack(">4I", 0x803, 16, size, size) + bytes(16 * size * size)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, 16) + bytes(range(16))
+        )
+
+
 def test_without_jit(tmp_path):
     assert cifar("train", *SMALL, "--steps", "2", "--no-jit") == 0
     assert json.loads((tmp_path / "runs/cifar10/result.json").read_text())["num_devices"] == 1
 
 
 BAD = {
+    "no command": (["--epochs", "3"], "which command?"),
+    "seed": (["train", *SMALL, "--seed", "99999999999999999999"], "seed must lie in [0, 2147483647]"),
+    "epochs too many": (["train", *SMALL, "--epochs", "1e300"], "choose fewer epochs"),
     "command": (["trian"], "unknown command 'trian': did you mean 'train'?"),
     "flag": (["train", "--epoks", "3"], "unknown flag '--epoks': did you mean '--epochs'?"),
     "value": (["train", "--epochs", "ten"], "--epochs"),
@@ -172,9 +221,11 @@ def test_damaged_checkpoints_and_other_models(tmp_path, capsys):
     words = ["train", *SMALL, "--steps", "2", "--run-dir", "r", "--num-devices", "1"]
     assert cifar(*words) == 0
     capsys.readouterr()
+    config = (tmp_path / "r" / "config.json").read_text()
     assert cifar(*words[:-4], "--run-dir", "r", "--model", "lenet", "--allow-change") == 2
     assert "is of another model or optimizer: " in capsys.readouterr().err
-    assert cifar(*words, "--allow-change") == 0
+    assert (tmp_path / "r" / "config.json").read_text() == config
+    assert cifar(*words) == 0
     step = tmp_path / "r" / "checkpoints" / "00000002"
     largest = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())

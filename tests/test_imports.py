@@ -31,6 +31,7 @@ ROWS = {
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,
+    "jaxnets.runner": 5,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,
     "benchmarks": 6,

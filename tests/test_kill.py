@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10
-from jaxnets import cli
+from jaxnets import runner
 from jaxnets.config import RunOptions, to_json
 from jaxnets.train import Checkpoints, make_strategy
 
@@ -54,7 +54,7 @@ def start(folder, data, epochs, **options):
 def final(folder, data):
     """Everything that an unbroken run and a broken one must agree on."""
     recipe = cifar10.make_recipe(CONFIG, RunOptions(data_dir=data))
-    make_state = cli._make_state(recipe)
+    make_state = runner.make_state(recipe)
     checkpoints = Checkpoints(folder / "checkpoints")
     strategy = make_strategy(num_devices=1)
     state, manifest = checkpoints.restore(checkpoints.latest(), strategy.abstract(make_state))

@@ -19,6 +19,8 @@ from jaxnets.interop.timed_sides import num_cores
 from jaxnets.interop.weights import flatten, to_torch
 from jaxnets.recipe import Recipe
 
+GRADIENT_BOUND = 1e-3  # of the largest magnitude, in float32: far above rounding, far below a bug
+
 
 class WorkerError(errors.UserError):
     """A worker answered that it could not do what it was told."""
@@ -66,10 +68,20 @@ class Contender:
         return self._process.poll() is None
 
     def start(self) -> None:
-        """Import, load data and weights, take the first steps; fills `facts`."""
+        """Import, load data and weights, take the first steps, check gradients; fills `facts`.
+
+        Raises:
+            WorkerError: if something fails, or the gradients are wrong.
+        """
         self.facts |= self.ask("start", side=self.side, spec=dict(self._spec))
         first = self.ask("first")
         self.facts |= {"first_step_seconds": first["seconds"], "first_losses": first["losses"]}
+        self.facts["gradients"] = check = self.ask("check")
+        if check["off_by"] > GRADIENT_BOUND:
+            raise WorkerError(
+                f"{self.name}: wrong gradient of {check['parameter']}, off by {check['off_by']:.1e} of "
+                "its largest magnitude; not timed"
+            )
 
     def train(self, steps: int) -> float:
         """Train; the seconds that it took.

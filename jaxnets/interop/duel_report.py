@@ -40,8 +40,8 @@ def assemble(
     first = figures(ours)
     return {
         "jaxnets": {
-            **first,
             "compile_seconds": first.pop("first_step_seconds"),
+            **first,
             "settings": ours.facts["settings"],
         },
         "torch": {"best": best.name, **table[best.name], "variants": table, "settings": settings},
@@ -72,6 +72,7 @@ def figures(contender: Contender) -> dict[str, Any]:
         "memory_after_imports_bytes": memory["after_imports_bytes"],
         "memory_loaded_bytes": memory["loaded_bytes"],
         "first_losses": contender.facts["first_losses"],
+        "gradient_error": contender.facts["gradients"]["off_by"],
         "threads": contender.facts["settings"]["threads"],
         "optimizer": contender.facts["settings"].get("optimizer", "Optax"),
     }
@@ -94,7 +95,7 @@ def print_table(report: Mapping[str, Any]) -> None:
     rows |= {f"PyTorch {name}": row for name, row in report["torch"]["variants"].items()}
     for name, row in rows.items():
         if "failed" in row:
-            table.add_row(name, "failed", row["failed"][:60], "", "", "")
+            table.add_row(name, "failed", "see duel.json", "", "", "")
             continue
         low, high = row["spread"]["quartiles"]
         is_dropped = row.get("dropped_after_screening")
@@ -109,7 +110,7 @@ def print_table(report: Mapping[str, Any]) -> None:
             style="bold" if name in ("jaxnets (JAX)", f"PyTorch {best}") else "",
         )
     # Redirected output has no width of its own; a table that is cut can't be read.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
     low, high = report["ratio_spread"]["quartiles"]
     print(
         f"JAX / best PyTorch ({best}): {report['ratio']:.3f} (quartiles of the rounds {low:.3f} - "

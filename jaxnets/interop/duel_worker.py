@@ -22,7 +22,7 @@ NUM_LOSSES = 5  # of the first steps, which both sides must agree on
 
 
 class Session:
-    """Answers the parent's commands in turn: start, first, run, memory."""
+    """Answers the parent's commands in turn: start, first, check, run, memory."""
 
     def __init__(self) -> None:
         self.side: Any = None
@@ -60,6 +60,10 @@ class Session:
         seconds = time.perf_counter() - start
         self.next += command["steps"]
         return {"seconds": seconds, "loss": value if math.isfinite(value) else None}
+
+    def do_check(self, _command: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter whose gradient is farthest from the plain one, and how far."""
+        return self.side.check()
 
     def do_memory(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """The peak so far."""

@@ -87,5 +87,5 @@ class Dropout(nn.Module):
         if not train or self.rate == 0 or _is_off.get():
             return x
         if rows is None:
-            rows = jnp.arange(x.shape[0]) + partition.row_offset(x.shape[0])
+            rows = partition.default_rows(x.shape[0])
         return dropout(x, self.rate, key=self.make_rng("dropout"), rows=rows)

@@ -9,12 +9,16 @@ import contextvars
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.typing import Array, PyTree
 
 _axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("data_axis", default=None)
+_micro: contextvars.ContextVar[tuple[Array | int, int]] = contextvars.ContextVar(
+    "micro_batch", default=(0, 1)
+)
 _rules: contextvars.ContextVar[tuple[Mesh, Mapping[str, str | None]] | None] = contextvars.ContextVar(
     "activation_rules", default=None
 )
@@ -49,10 +53,29 @@ def data_sum(tree: PyTree) -> PyTree:
     return tree if name is None else lax.psum(tree, name)
 
 
-def row_offset(num_rows: int) -> Array | int:
-    """The place in the global batch of this device's first row, of `num_rows` on each device."""
+@contextlib.contextmanager
+def micro_batch(number: Array | int, of: int) -> Iterator[None]:
+    """While this is open, the rows in hand are `number`, `number + of`, ... of a device's part."""
+    token = _micro.set((number, of))
+    try:
+        yield
+    finally:
+        _micro.reset(token)
+
+
+def default_rows(num_rows: int) -> Array:
+    """The places in the global batch of the rows in hand.
+
+    Args:
+        num_rows: how many are in hand, on this device and in this micro-batch.
+
+    Returns:
+        integers `[num_rows]`.
+    """
+    number, of = _micro.get()
+    rows = jnp.arange(num_rows) * of + number
     name = _axis.get()
-    return 0 if name is None else lax.axis_index(name) * num_rows
+    return rows if name is None else rows + lax.axis_index(name) * num_rows * of
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -6,6 +6,7 @@ what a killed save left behind; a folder whose files differ from it is damaged, 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,14 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the best score, the earlier one of equals, or None if none has a score."""
-        scored = [(step, self.manifest(step).score) for step in self.steps()]
-        ranked = [(self._sign * score, -step) for step, score in scored if score is not None]
+        ranked = []
+        for step in self.steps():
+            try:
+                score = self.manifest(step).score
+            except errors.CheckpointError:
+                continue  # damaged, or deleted by the run while we look
+            if score is not None:
+                ranked.append((self._sign * score, -step))
         return -max(ranked)[1] if ranked else None
 
     def manifest(self, step: int) -> Manifest:
@@ -118,10 +125,16 @@ class Checkpoints:
         """Remove what interrupted saves left behind; the names of what was removed."""
         removed = []
         for path in sorted(self.folder.glob("*")):
-            if path.is_dir() and not (path / MANIFEST).exists():
+            if path.name.isdigit() and path.is_dir() and not (path / MANIFEST).exists():
                 shutil.rmtree(path)
                 removed.append(path.name)
         return removed
+
+    def discard(self, step: int) -> None:
+        """Delete a step."""
+        # The manifest goes first, so that a kill in between leaves nothing half-valid.
+        (self._folder_of(step) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self._folder_of(step))
 
     def save(
         self,
@@ -129,6 +142,7 @@ class Checkpoints:
         *,
         score: float | None = None,
         extra: Mapping[str, Any] | None = None,
+        keep: Sequence[int] = (),
     ) -> None:
         """Begin to save; an earlier save is waited for.
 
@@ -136,6 +150,7 @@ class Checkpoints:
             state: may be donated to the next step as soon as this returns.
             score: of the monitored metric, if the state was evaluated.
             extra: what JSON can hold.
+            keep: steps to keep beside this one and the best one.
 
         Raises:
             CheckpointError: if the earlier save failed.
@@ -147,7 +162,9 @@ class Checkpoints:
         # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
         copy = jax.block_until_ready(jax.tree.map(jnp.copy, _as_dict(state)))
         arrays = _describe(copy)
-        future = self._executor.submit(self._write, step, copy, arrays, score, dict(extra or {}))
+        future = self._executor.submit(
+            self._write, step, copy, arrays, score, dict(extra or {}), set(keep)
+        )
         self._pending = (step, future)
 
     def check(self) -> None:
@@ -167,7 +184,8 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
-            shutil.rmtree(self._folder_of(step), ignore_errors=True)
+            if step not in self.steps():
+                shutil.rmtree(self._folder_of(step), ignore_errors=True)
             raise self._failed(step, error) from error
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Manifest]:
@@ -213,6 +231,7 @@ class Checkpoints:
         described: Mapping[str, str],
         score: float | None,
         extra: Mapping[str, Any],
+        keep: set[int],
     ) -> None:
         folder = self._folder_of(step)
         shutil.rmtree(folder, ignore_errors=True)
@@ -237,18 +256,21 @@ class Checkpoints:
             folder / MANIFEST, json.dumps({"content": content, "sha256": _seal(content)}, indent=1)
         )
         _sync(self.folder)
-        keep = {step, self.best()}
-        for old in self.steps():
-            if old not in keep:
-                # Without its manifest first, so that a kill in between leaves nothing half-valid.
-                (self._folder_of(old) / MANIFEST).unlink()
-                shutil.rmtree(self._folder_of(old))
+        # The step is complete. What can't be deleted now is tried again after the next save.
+        with contextlib.suppress(OSError):
+            for old in set(self.steps()) - keep - {step, self.best()}:
+                self.discard(old)
 
     def _verify(self, step: int, manifest: Manifest) -> None:
         folder = self._folder_of(step)
         for name, (size, digest) in manifest.files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
+                if not (folder / MANIFEST).exists():
+                    raise errors.CheckpointError(
+                        f"the checkpoint of step {step} was deleted while it was read; a newer one is "
+                        "there: try again"
+                    )
                 raise self._damaged(step, name)
 
     def _damaged(self, step: int, name: str) -> errors.CheckpointError:

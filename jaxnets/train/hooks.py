@@ -1,9 +1,10 @@
 """Hooks: what happens beside the steps. Each is called as `hook(step, state, metrics)`."""
 
 import dataclasses
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +62,10 @@ class Evaluate:
         if not self.is_due(step):
             return
         metrics.read()  # a state that a faulty step left as it was is not this step's state
+        self.run(step, state)
+
+    def run(self, step: int, state: TrainState) -> None:
+        """Evaluate this step."""
         start = time.perf_counter()
         values = dict(self.evaluate(state))
         self.results[step] = values
@@ -78,6 +83,7 @@ class SaveCheckpoint:
         is_due: `is_due(step)`.
         score: `score(step)` is that step's value of the monitored metric, or None.
         extra: `extra()` is saved beside the state.
+        keep: `keep(step)` are steps to keep beside this one, the latest, and the best.
     """
 
     checkpoints: Checkpoints
@@ -85,18 +91,17 @@ class SaveCheckpoint:
     is_due: Callable[[int], bool]
     score: Callable[[int], float | None]
     extra: Callable[[], Mapping[str, Any]]
+    keep: Callable[[int], Sequence[int]] = lambda step: ()
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Save if this is such a step; raise the error of an earlier save that has failed."""
         self.checkpoints.check()
         if self.is_due(step):
-            self.save(step, state, metrics)
-
-    def save(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
-        """Save this step."""
-        metrics.read()
-        self.log.sync()
-        self.checkpoints.save(state, score=self.score(step), extra=self.extra())
+            metrics.read()
+            self.log.sync()
+            self.checkpoints.save(
+                state, score=self.score(step), extra=self.extra(), keep=self.keep(step)
+            )
 
 
 class StopOnSignal:
@@ -121,6 +126,7 @@ class StopOnSignal:
 
         def listen(number: int, _: object) -> None:
             self.signal = number
+            os.write(2, b"stopping after this step; once more stops at once\n")
             signal.signal(number, old[signal.Signals(number)])
 
         for number in numbers:
@@ -141,6 +147,8 @@ class ShowProgress:
         evaluate: whose newest results are shown.
         unit: what an example is called.
         every_s: seconds between plain lines.
+        first: the step that the run goes on from.
+        console: where to; standard error by default.
     """
 
     def __init__(
@@ -151,6 +159,7 @@ class ShowProgress:
         *,
         unit: str = "images",
         every_s: float = 5.0,
+        first: int = 0,
         console: Console | None = None,
     ):
         self._num_steps, self._batch_size, self._unit = num_steps, batch_size, unit
@@ -168,7 +177,7 @@ class ShowProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("train", total=num_steps, status="compiling")
+        self._task = self._bar.add_task("train", total=num_steps, completed=first, status="compiling")
 
     def __enter__(self) -> "ShowProgress":
         self._bar.start()

@@ -19,10 +19,18 @@ class StepMetrics:
         step: the number of the step, from 1.
         values: scalars on the device.
         index: `[B]`, the examples of the batch, where that is known.
+        clock: where waiting for the step is added up.
     """
 
-    def __init__(self, step: int, values: Mapping[str, Any], index: Any = None):
+    def __init__(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        index: Any = None,
+        clock: "Clock | None" = None,
+    ):
         self.step = step
+        self._clock = clock
         self._values = values
         self._index = index
         self._read: dict[str, float] | None = None
@@ -41,7 +49,10 @@ class StepMetrics:
 
     def check(self) -> None:
         """Wait for the step and raise NonFiniteError if it was not applied."""
+        start = time.perf_counter()
         guard = int(self._values.get("guard", -1))
+        if self._clock:
+            self._clock.wait += time.perf_counter() - start
         if guard < 0:
             return
         loss, norm = (float(self._values[name]) for name in ("loss", "grad_norm"))
@@ -62,21 +73,23 @@ class Clock:
     Attributes:
         compile: the first step, nearly all of which is tracing and compilation.
         data: waiting for batches.
-        step: dispatching steps and waiting for them.
-        hooks: everything that hooks did.
-        steps: how many steps `data` and `step` are about; the first isn't one of them.
+        dispatch: handing steps to the device.
+        wait: waiting for steps, in the loop or in a hook that reads their metrics.
+        hooks: everything else that hooks did.
+        steps: how many steps `data`, `dispatch` and `wait` are about; the first isn't one of them.
     """
 
     compile: float = 0.0
     data: float = 0.0
-    step: float = 0.0
+    dispatch: float = 0.0
+    wait: float = 0.0
     hooks: float = 0.0
     steps: int = 0
 
     @property
     def train(self) -> float:
         """Time spent on training itself."""
-        return self.data + self.step
+        return self.data + self.dispatch + self.wait
 
     @property
     def data_wait_share(self) -> float:
@@ -122,24 +135,25 @@ def fit(
         # 2. Dispatch the step; it runs while we go on.
         state, values = train_step(state, batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
-        metrics = StepMetrics(i + 1, values, index)
+        if i == first:
+            jax.block_until_ready(values)
+        dispatched = time.perf_counter()
+        metrics = StepMetrics(i + 1, values, index, clock)
         # 3. Read the previous step's guard: one step late, so that the device always has work.
         if previous is not None:
             previous.check()
         previous = metrics
-        if i == first:
-            jax.block_until_ready(values)
-        stepped = time.perf_counter()
+        checked, waited = time.perf_counter(), clock.wait
         # 4. Call the hooks.
         reasons = [hook(i + 1, state, metrics) for hook in hooks]
         stop = next((reason for reason in reasons if reason), None)
         if i == first:
-            clock.compile += stepped - start
+            clock.compile += dispatched - start
         else:
             clock.data += drawn - start
-            clock.step += stepped - drawn
+            clock.dispatch += dispatched - drawn
             clock.steps += 1
-        clock.hooks += time.perf_counter() - stepped
+        clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
         if stop:
             metrics.check()
             return state, stop

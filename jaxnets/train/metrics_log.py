@@ -89,7 +89,7 @@ def read_rows(path: Path) -> list[Row]:
         ConfigError: if another line can't be read.
     """
     rows: list[Row] = []
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

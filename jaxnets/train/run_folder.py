@@ -13,6 +13,8 @@ from jaxnets.train.checkpoint import write_atomically
 
 CONFIG = "config.json"
 _LOCK = ".lock"
+# What may lie in a folder that isn't a run's yet: a duel's report, and what a kill left of a start.
+_HARMLESS = (_LOCK, f"{CONFIG}.tmp", "duel.json", "duel.json.tmp")
 _EXTENDS = ("epochs", "steps")  # a run may be made longer
 
 
@@ -52,7 +54,7 @@ def open_run(
         allow_change: go on with an earlier run although its config differs.
 
     Yields:
-        the folder, which now holds config.json.
+        the folder. `write_config` makes it this run's, as soon as nothing more can be refused.
 
     Raises:
         ConfigError: if the folder is a file, can't be written, is in use, isn't a run's, or holds a
@@ -61,7 +63,7 @@ def open_run(
     if folder.exists() and not folder.is_dir():
         raise errors.ConfigError(f"the run folder {folder} is a file; choose another --run-dir")
     if folder.is_dir() and not (folder / CONFIG).exists():
-        strange = sorted(path.name for path in folder.iterdir() if path.name != _LOCK)
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in _HARMLESS)
         if strange:
             raise errors.ConfigError(
                 f"{folder} is not the folder of a run, and not empty (it has {strange[0]}); "
@@ -91,9 +93,13 @@ def open_run(
         lock.truncate()
         lock.write(f"process {os.getpid()}")
         lock.flush()
-        content = {"experiment": experiment, "config": dict(values)}
-        write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
         yield folder
+
+
+def write_config(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
+    """Write config.json."""
+    content = {"experiment": experiment, "config": dict(values)}
+    write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
 
 
 def _compare(folder: Path, experiment: str, values: Mapping[str, Any], allow_change: bool) -> None:
@@ -102,7 +108,9 @@ def _compare(folder: Path, experiment: str, values: Mapping[str, Any], allow_cha
         raise errors.ConfigError(
             f"{folder} holds a run of {old['experiment']}, not of {experiment}; choose another --run-dir"
         )
-    changes = config.differences(old["config"], values, ignore=_EXTENDS)
+    # A field that has come since the run was started has its default there.
+    known = {name: value for name, value in values.items() if name in old["config"]}
+    changes = config.differences(old["config"], known, ignore=_EXTENDS)
     if changes and not allow_change:
         raise errors.ConfigError(
             f"{folder} holds a run with another config: {', '.join(changes)}; choose another --run-dir, "

@@ -38,7 +38,10 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     Raises:
         ConfigError: if there are fewer devices than that.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that isn't there
+        raise errors.ConfigError(f"JAX found no devices: {str(error).splitlines()[0]}") from None
     if num_devices is None:
         num_devices = len(devices)
     if not 1 <= num_devices <= len(devices):

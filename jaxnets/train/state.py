@@ -24,7 +24,7 @@ class TrainState:
         model_state: what the model changes itself, such as running statistics; may be empty.
         opt_state: of the Optax transformation.
         key: the run's PRNG key; it never changes, each step folds its number in.
-        ema: an average of the params, or None.
+        ema: an average of the params, which evaluation then uses, or None. `make_train_step` keeps none.
         guard: int32 `[]`, the step at which the loss or a gradient wasn't finite, -1 if none: from
             then on no step is applied.
     """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxnets.ops.partition import data_axis, data_sum
+from jaxnets.ops.partition import data_axis, data_sum, micro_batch
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Array, Batch, LossFn, Params, PyTree, WeightsFn
 
@@ -35,7 +35,8 @@ def make_train_step(
     both sums over the global batch.
 
     If the loss or the norm of the gradients isn't finite the old state is kept, its guard is set to
-    this step, and every later step is without effect.
+    this step, and every later step is without effect. (An update that overflows although its gradient
+    does not shows in the next step's loss.)
 
     Args:
         loss_fn: `loss_fn(params, model_state, batch, *, key) -> (terms, model_state, metrics)`, where
@@ -69,9 +70,11 @@ def make_train_step(
                 weight = weights[name]
             else:
                 raise ValueError(f"weights_fn gives no weights for the loss term {name!r}")
-            weight = jnp.broadcast_to(weight, loss.shape).astype(loss.dtype)
-            # A row of weight 0 must not enter, not even as NaN.
-            product = jnp.where(weight != 0, loss * weight, 0)
+            dtype = jnp.promote_types(loss.dtype, jnp.float32)
+            weight = jnp.broadcast_to(weight, loss.shape).astype(dtype)
+            # What has weight 0 does not enter the loss, not even as NaN. (Its gradient would be 0 x NaN:
+            # rows that fill up a batch are copies of a real one.)
+            product = jnp.where(weight != 0, loss.astype(dtype) * weight, 0)
             sums[name] = jnp.sum(product), jnp.sum(weight)
         return sums
 
@@ -146,9 +149,10 @@ def _accumulate(grad_fn: Callable, state: TrainState, batch: Batch, accumulate: 
             )
         return jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1)
 
-    def body(carry, micro):
-        added, model_state = carry
-        grads, (model_state, sums) = grad_fn(state.params, model_state, micro)
+    def body(carry, numbered):
+        (added, model_state), (number, micro) = carry, numbered
+        with micro_batch(number, accumulate):
+            grads, (model_state, sums) = grad_fn(state.params, model_state, micro)
         return (jax.tree.map(jnp.add, added, (grads, sums)), model_state), None
 
     micros = jax.tree.map(split, dict(batch))
@@ -158,7 +162,8 @@ def _accumulate(grad_fn: Callable, state: TrainState, batch: Batch, accumulate: 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, sums))
     # XLA runs a convolution in a loop on a CPU up to 100 times slower than outside of it.
     unroll = accumulate if jax.default_backend() == "cpu" else 1
-    (added, model_state), _ = lax.scan(body, (zeros, state.model_state), micros, unroll=unroll)
+    numbered = jnp.arange(accumulate), micros
+    (added, model_state), _ = lax.scan(body, (zeros, state.model_state), numbered, unroll=unroll)
     return added[0], model_state, added[1]
 
 

@@ -1,21 +1,23 @@
 import contextlib
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import digits
 from jaxnets import cli, errors
 from jaxnets.config import RunOptions
-from jaxnets.interop import contender, duel, duel_report, reference, timed_sides
+from jaxnets.interop import (
+    contender,
+    duel,
+    duel_report,
+    reference,
+    timed_sides,
+)
 from jaxnets.layers import Dropout
 from jaxnets.layers.dropout import without_dropout
 from tests.interop import tiny_duel as tiny
@@ -222,64 +224,6 @@ def test_pytorchs_processes_import_no_jax():
     assert python(code) == "True False\n"
 
 
-@pytest.fixture
-def worker(tmp_path):
-    made = contender.Contender("eager", "torch", {}, os.environ, tmp_path / "log")
-    yield made
-    made.close()
-    assert not made.is_open
-
-
-def wait_until_gone(pid):
-    for _ in range(200):
-        try:
-            # A zombie has ended too; its parent just hasn't asked.
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{pid} is still there")
-
-
-def test_a_worker_reports_its_errors_and_lives_on(worker):
-    for _ in range(2):
-        with pytest.raises(contender.WorkerError, match=r"eager: (KeyError|ModuleNotFoundError)"):
-            worker.start()
-    assert worker.ask("memory")["peak_bytes"] > 2**20
-
-
-def test_a_worker_that_dies_is_one_line(worker):
-    worker.ask("memory")
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(errors.UserError, match="the worker of eager died with exit status -9"):
-        worker.ask("memory")
-    with pytest.raises(errors.UserError, match="died"):
-        worker.ask("memory")
-
-
-def test_a_worker_ends_with_its_parent(tmp_path):
-    code = (
-        "import os, sys, pathlib; from jaxnets.interop.contender import Contender; "
-        f"log = pathlib.Path({str(tmp_path / 'log')!r}); "
-        "c = Contender('eager', 'torch', {}, os.environ, log); "
-        "c.ask('memory'); print(c.pid, flush=True); "
-        "os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -9
-    wait_until_gone(int(done.stdout))
-
-
-def test_the_peak_is_the_workers_own(worker):
-    """Linux hands ru_maxrss on from parent to child; the parent here is large on purpose."""
-    ballast = np.ones(2**26)  # 512 MiB
-    assert ballast.sum() == 2**26
-    made = contender.Contender("second", "torch", {}, os.environ, worker._log)
-    with contextlib.closing(made):
-        assert made.ask("memory")["peak_bytes"] < 2**28
-
-
 class Stub:
     """A contender whose times are given."""
 
@@ -291,6 +235,7 @@ class Stub:
             "peak_bytes": 3,
             "first_step_seconds": 0.5,
             "first_losses": [2.0],
+            "gradients": {"parameter": "", "off_by": 0.0},
         }
 
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnets import ops
 from jaxnets.layers import Dropout, dropout
+from jaxnets.ops import partition
 
 KEY = jax.random.key(7)
 # Compiled, or each of its operations is compiled alone; one test compares with the eager one.
@@ -194,3 +195,13 @@ def test_jit_equals_eager():
     # The same mask; XLA multiplies by the inverse of the constant: one unit in the last place.
     np.testing.assert_array_equal(eager == 0, jitted(x, 0.3, key=KEY, rows=rows) == 0)
     np.testing.assert_allclose(jitted(x, 0.3, key=KEY, rows=rows), eager, rtol=2e-7)
+
+
+def test_default_rows_in_micro_batches_are_those_of_the_whole_batch():
+    layer, x = Dropout(0.5), jnp.ones((8, 5))
+    rngs = {"dropout": jax.random.key(0)}
+    whole = layer.apply({}, x, train=True, rngs=rngs)
+    for number in range(4):
+        with partition.micro_batch(number, of=4):
+            part = layer.apply({}, x[number::4], train=True, rngs=rngs)
+        np.testing.assert_array_equal(part, whole[number::4])

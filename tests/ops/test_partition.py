@@ -105,12 +105,14 @@ def test_the_inner_data_axis_counts():
     np.testing.assert_array_equal(together, np.full(8, 28.0))
 
 
-def test_row_offset_is_the_place_of_the_first_row():
-    assert partition.row_offset(5) == 0
+def test_default_rows_are_the_places_in_the_global_batch():
+    np.testing.assert_array_equal(partition.default_rows(5), np.arange(5))
+    with partition.micro_batch(1, of=3):
+        np.testing.assert_array_equal(partition.default_rows(3), [1, 4, 7])
 
     def fun(x):
         with ops.data_axis("data"):
-            return jnp.arange(len(x)) + partition.row_offset(len(x))
+            return partition.default_rows(len(x))
 
     rows = jax.pmap(fun, axis_name="data")(jnp.zeros((8, 5)))
     np.testing.assert_array_equal(np.ravel(rows), np.arange(40))

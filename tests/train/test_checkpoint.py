@@ -191,6 +191,30 @@ def test_a_failed_save_is_told_and_leaves_the_last_good_one(saved, strategy, mon
         checkpoints.restore(3, strategy.abstract(make_state))
 
 
+def test_what_fails_after_the_manifest_costs_no_checkpoint(saved, monkeypatch):
+    folder, state = saved
+
+    def stuck(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with Checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(Checkpoints, "discard", stuck)
+        checkpoints.save(at_step(state, 4), score=0.9)
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 4]
+        (folder / "00000004" / "manifest.json").write_text("{}")
+        checkpoints.save(at_step(state, 5), score=0.1)
+        checkpoints.wait()
+        assert 5 in checkpoints.steps()
+        assert checkpoints.best() == 3
+
+
+def test_only_folders_of_steps_are_cleaned(saved):
+    (saved[0] / "notes").mkdir()
+    assert Checkpoints(saved[0]).clean() == []
+    assert (saved[0] / "notes").exists()
+
+
 SAVE_UNTIL_IT_FAILS = """
     import resource, sys
     from pathlib import Path

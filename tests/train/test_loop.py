@@ -1,6 +1,7 @@
 import functools
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,27 @@ def test_hooks_see_every_step_with_its_own_state_and_metrics():
     assert clock.steps == 8  # the first one is compilation
     assert clock.train > 0
     assert clock.compile > 0
+
+
+def test_waiting_for_a_step_is_training_time_whoever_waits():
+    """A hook that reads every step must not make training look free."""
+    step, state = start()
+
+    def slow(state, draw):
+        state, values = step(state, draw)
+
+        def late(x):
+            time.sleep(0.02)
+            return x
+
+        guard = jax.pure_callback(late, jax.ShapeDtypeStruct((), jnp.int32), values["guard"])
+        return state, {**values, "guard": guard}
+
+    for hooks in ([lambda number, state, metrics: metrics.read() and None], []):
+        clock = Clock()
+        fit(slow, start()[1], Batches(12, 4, 36), hooks=hooks, clock=clock)
+        assert clock.train > 0.8 * 8 * 0.02, clock
+        assert clock.hooks < 0.5 * clock.train, clock
 
 
 def test_a_hook_can_stop_the_run_and_it_can_be_gone_on_with():

@@ -7,14 +7,14 @@ import textwrap
 import pytest
 
 from jaxnets import errors
-from jaxnets.train.run_folder import open_run, read_config
+from jaxnets.train.run_folder import open_run, read_config, write_config
 
 VALUES = {"seed": 0, "epochs": 2, "model": "lenet"}
 
 
 def run(folder, values=VALUES, experiment="digits", **options):
     with open_run(folder, experiment, values, **options) as opened:
-        return opened
+        write_config(opened, experiment, values)
 
 
 def test_the_same_config_goes_on_and_more_epochs_too(tmp_path):
@@ -27,7 +27,7 @@ def test_the_same_config_goes_on_and_more_epochs_too(tmp_path):
 
 def test_another_config_is_refused_with_what_differs(tmp_path):
     run(tmp_path / "r")
-    other = {**VALUES, "seed": 1, "model": "mlp", "new": None}
+    other = {**VALUES, "seed": 1, "model": "mlp", "come_since": None}
     with pytest.raises(errors.ConfigError, match=r"seed 0 -> 1, model 'lenet' -> 'mlp'; ") as error:
         run(tmp_path / "r", other)
     assert "\n" not in str(error.value)
@@ -41,6 +41,7 @@ def test_another_config_is_refused_with_what_differs(tmp_path):
 def test_no_resume_moves_the_earlier_run_aside(tmp_path):
     for number in range(3):
         with open_run(tmp_path / "r", "digits", VALUES, resume=False) as folder:
+            write_config(folder, "digits", VALUES)
             (folder / "result.json").write_text(str(number))
     assert (tmp_path / "r" / "result.json").read_text() == "2"
     assert (tmp_path / "r.1" / "result.json").read_text() == "0"
@@ -59,6 +60,14 @@ def test_folders_that_are_no_run(tmp_path):
     with pytest.raises(errors.ConfigError, match=r"not the folder of a run.*chapter.tex"):
         run(tmp_path / "thesis", resume=False)
     assert os.listdir(tmp_path / "thesis") == ["chapter.tex"]
+
+
+@pytest.mark.parametrize("name", ["config.json.tmp", ".lock", "duel.json"])
+def test_what_a_kill_or_a_duel_left_is_no_obstacle(tmp_path, name):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / name).write_text("{")
+    run(tmp_path / "r")
+    assert read_config(tmp_path / "r")["config"] == VALUES
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"experiment": 1}'])

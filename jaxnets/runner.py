@@ -1,0 +1,261 @@
+"""A recipe trained in a run folder, from its start or from where it stopped, to its result."""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnets import errors
+from jaxnets.config import RunOptions
+from jaxnets.data import Batches
+from jaxnets.recipe import Recipe
+from jaxnets.report import draw_curves
+from jaxnets.train import checkpoint, hooks, sharding
+from jaxnets.train.evaluate import evaluate, make_eval_step
+from jaxnets.train.loop import Clock, fit
+from jaxnets.train.metrics_log import MetricsLog, read_rows
+from jaxnets.train.state import TrainState, create_state
+from jaxnets.train.step import make_train_step
+from jaxnets.version import __version__
+
+_MAX = 2**31 - 1  # steps and seeds are 32-bit integers
+
+
+def check_recipe(recipe: Recipe, strategy: sharding.Strategy) -> None:
+    """Refuse what can't run, before anything is written.
+
+    Raises:
+        ConfigError: if the batch doesn't divide, a number is out of range, or the model doesn't fit the
+            data.
+    """
+    sharding.check_divides(recipe.batch_size, strategy.num_devices, recipe.accumulate)
+    if not 0 <= recipe.seed <= _MAX:
+        raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
+    if recipe.num_positions > _MAX * recipe.batch_size:
+        raise errors.ConfigError(f"the run has more than {_MAX} steps; choose fewer epochs")
+    try:
+        jax.eval_shape(make_state(recipe))
+    except ValueError as error:
+        raise errors.ConfigError(f"the model does not fit the data: {error}") from error
+
+
+def make_state(recipe: Recipe) -> Callable[[], TrainState]:
+    """What makes the state before the first step."""
+    return lambda: create_state(recipe.init_fn, recipe.tx, key=jax.random.key(recipe.seed))
+
+
+def make_evaluator(
+    recipe: Recipe, strategy: sharding.Strategy
+) -> Callable[[TrainState], dict[str, float | int]]:
+    """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
+    size = len(next(iter(recipe.test.values())))
+    devices = strategy.num_devices
+    batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
+    batches = Batches(size, batch_size, size, shuffle=False)
+    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), recipe.test)
+    return lambda state: evaluate(step, state, batches)
+
+
+def train(
+    folder: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    strategy: sharding.Strategy,
+    *,
+    stop: hooks.StopOnSignal,
+    on_start: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
+    """Train in a run folder that is open.
+
+    Args:
+        folder: of the run.
+        recipe: what to train.
+        options: how often to log, evaluate and save.
+        strategy: on which devices.
+        stop: listens for signals.
+        on_start: called once the state is there and nothing more can be refused.
+
+    Returns:
+        what `result.json` holds, or None if a signal stopped the run.
+
+    Raises:
+        CheckpointError: if the checkpoint can't be gone on with.
+        ConfigError: if the run is further than the recipe goes.
+        NonFiniteError: if the loss or the gradients of a step weren't finite.
+    """
+    num_steps = recipe.num_steps
+    clock = Clock()
+    with checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize) as checkpoints:
+        state, spent = _start(checkpoints, recipe, strategy, folder)
+        on_start()
+        first = int(state.step)
+        log = MetricsLog(folder, step=first)
+        schedule = _Schedule(recipe, options)
+        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy), log, schedule.is_eval_due)
+
+        def progress() -> dict[str, float]:
+            return _add(spent, clock, recipe)
+
+        saving = hooks.SaveCheckpoint(
+            checkpoints,
+            log,
+            schedule.is_save_due,
+            score=lambda step: evaluation.results.get(step, {}).get(recipe.monitor),
+            extra=progress,
+            keep=schedule.keep,
+        )
+        make_step = partial(
+            make_train_step,
+            recipe.loss_fn,
+            recipe.tx,
+            weights_fn=recipe.weights_fn,
+            coefficients=recipe.coefficients,
+            accumulate=recipe.accumulate,
+        )
+        try:
+            with hooks.ShowProgress(num_steps, recipe.batch_size, evaluation, first=first) as show:
+                writing = hooks.LogMetrics(
+                    log, options.log_every, num_steps, recipe.num_examples / recipe.batch_size
+                )
+                state, reason = fit(
+                    strategy.compile_step(make_step, recipe.train),
+                    state,
+                    Batches(
+                        recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed
+                    ),
+                    hooks=[writing, evaluation, saving, show, stop],
+                    clock=clock,
+                )
+            if reason and int(state.step) < num_steps:
+                log.sync()
+                checkpoints.save(state, extra=progress())
+                checkpoints.wait()
+                say(f"stopped by {reason} after step {int(state.step)}; the same command goes on")
+                return None
+            row = next((row for row in reversed(log.rows) if "eval/count" in row), {})
+            if row.get("step") != num_steps:  # the run was stopped here before, or its record is gone
+                evaluation.run(num_steps, state)
+                row = log.rows[-1]
+            checkpoints.wait()
+        finally:
+            log.close()
+        draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {num_steps} steps")
+        best = checkpoints.best()
+    path = folder / "result.json"
+    if first == num_steps and path.exists():  # nothing was trained: what it says was measured then
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text())
+    totals = progress()
+    seconds = totals["train_seconds"]
+    result = {
+        "experiment": recipe.name,
+        "steps": int(state.step),
+        "epochs": round(recipe.num_positions / recipe.num_examples, 4),
+        "eval": {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")},
+        "best_step": best,
+        "train_seconds": round(seconds, 3),
+        "compile_seconds": round(totals["compile_seconds"], 3),
+        "examples_per_second": round(totals["timed_examples"] / seconds, 1) if seconds else None,
+        "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
+        "num_devices": strategy.num_devices,
+        "strategy": strategy.name,
+        "device": strategy.mesh.devices.flat[0].device_kind,
+        "versions": versions(),
+    }
+    checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "jaxnets": __version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def say(line: str) -> None:
+    """Tell the user something that is not the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When to evaluate and when to save."""
+
+    recipe: Recipe
+    options: RunOptions
+
+    def is_eval_due(self, step: int) -> bool:
+        """At the end, and at every epoch's end or every `eval_every` steps."""
+        if step == self.recipe.num_steps:
+            return True
+        if self.options.eval_every:
+            return step % self.options.eval_every == 0
+        drawn, size = step * self.recipe.batch_size, self.recipe.num_examples
+        return drawn // size > (drawn - self.recipe.batch_size) // size
+
+    def is_save_due(self, step: int) -> bool:
+        """After each evaluation, every `checkpoint_every` steps, and before a short last batch."""
+        every = self.options.checkpoint_every
+        is_before_short = self._has_short_end and step == self.recipe.num_steps - 1
+        return self.is_eval_due(step) or bool(every and step % every == 0) or is_before_short
+
+    def keep(self, step: int) -> tuple[int, ...]:
+        """A run with a short last batch can be made longer exactly only from before that batch."""
+        is_short = self._has_short_end and step == self.recipe.num_steps
+        return (step - 1,) if is_short else ()
+
+    @property
+    def _has_short_end(self) -> bool:
+        return self.recipe.num_positions % self.recipe.batch_size != 0
+
+
+def _start(
+    checkpoints: checkpoint.Checkpoints, recipe: Recipe, strategy: sharding.Strategy, folder: Path
+) -> tuple[TrainState, Mapping[str, float]]:
+    """The state to go on from, and what the run has spent so far."""
+    for name in checkpoints.clean():
+        say(f"removed the unfinished checkpoint {name}")
+    num_steps = recipe.num_steps
+    latest = checkpoints.latest()
+    if latest is not None:
+        ended = checkpoints.manifest(latest).extra.get("num_positions", 0)
+        is_short = latest * recipe.batch_size > ended
+        if is_short and recipe.num_positions > ended and latest - 1 in checkpoints.steps():
+            say(f"step {latest} had a short batch; going on from before it")
+            checkpoints.discard(latest)
+            latest -= 1
+    if latest is None:
+        if read_rows(folder / "metrics.jsonl"):
+            say("warning: there are metrics but no checkpoint; the run begins anew")
+        return strategy.init(make_state(recipe)), {}
+    if latest > num_steps:
+        raise errors.ConfigError(
+            f"the run in {folder} is at step {latest} already, and this one would end at {num_steps}"
+        )
+    state, manifest = checkpoints.restore(latest, strategy.abstract(make_state(recipe)))
+    say(f"resuming at step {latest} of {num_steps}")
+    return state, manifest.extra
+
+
+def _add(spent: Mapping[str, float], clock: Clock, recipe: Recipe) -> dict[str, float]:
+    """What the run has spent in all; the number of positions says how long it was meant to be."""
+    here = {
+        "train_seconds": clock.train,
+        "data_seconds": clock.data,
+        "compile_seconds": clock.compile,
+        "timed_examples": clock.steps * recipe.batch_size,
+    }
+    total = {name: spent.get(name, 0) + value for name, value in here.items()}
+    return {**total, "num_positions": recipe.num_positions}

@@ -1,0 +1,105 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxnets import errors
+from jaxnets.interop import contender, reference, sides, timed_sides, weights
+from tests.interop import tiny_duel as tiny
+
+
+@pytest.fixture
+def worker(tmp_path):
+    made = contender.Contender("eager", "torch", {}, os.environ, tmp_path / "log")
+    yield made
+    made.close()
+    assert not made.is_open
+
+
+def wait_until_gone(pid):
+    for _ in range(200):
+        try:
+            # A zombie has ended too; its parent just hasn't asked.
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{pid} is still there")
+
+
+def test_a_worker_reports_its_errors_and_lives_on(worker):
+    for _ in range(2):
+        with pytest.raises(contender.WorkerError, match=r"eager: (KeyError|ModuleNotFoundError)"):
+            worker.start()
+    assert worker.ask("memory")["peak_bytes"] > 2**20
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model", ["convnet", "lenet"])
+def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
+    import torch
+
+    made = tiny.recipe(model)
+    variables = sides.initial_variables(made)
+    loaded = reference.load_reference("tiny", made.torch_reference, made.torch_arguments)
+    np.savez(tmp_path / "torch.npz", **weights.to_torch(loaded.weights, variables))
+    np.savez(tmp_path / "train.npz", **made.train)
+    spec = {
+        "name": "tiny",
+        "target": made.torch_reference,
+        "arguments": made.torch_arguments,
+        "weights": str(tmp_path / "torch.npz"),
+        "arrays": str(tmp_path / "train.npz"),
+        "batch_size": 8,
+        "seed": 0,
+        "threads": torch.get_num_threads(),
+        "is_compiled": False,
+        "channels_last": True,
+    }
+    side = timed_sides.TorchSide(spec)
+    before = {name: x.clone() for name, x in side.model.state_dict().items()}
+    assert side.check()["off_by"] < 1e-4
+    for name, x in side.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    if model == "convnet":
+        assert side.model.dropout1.p == 0.3
+    side.model.conv1.weight.register_hook(lambda grad: grad * 0)
+    assert side.check() == {"parameter": "conv1.weight", "off_by": 1.0}
+
+
+def test_a_worker_that_dies_is_one_line(worker):
+    worker.ask("memory")
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(errors.UserError, match="the worker of eager died with exit status -9"):
+        worker.ask("memory")
+    with pytest.raises(errors.UserError, match="died"):
+        worker.ask("memory")
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    code = (
+        "import os, sys, pathlib; from jaxnets.interop.contender import Contender; "
+        f"log = pathlib.Path({str(tmp_path / 'log')!r}); "
+        "c = Contender('eager', 'torch', {}, os.environ, log); "
+        "c.ask('memory'); print(c.pid, flush=True); "
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -9
+    wait_until_gone(int(done.stdout))
+
+
+def test_the_peak_is_the_workers_own(worker):
+    """Linux hands ru_maxrss on from parent to child; the parent here is large on purpose."""
+    ballast = np.ones(2**26)  # 512 MiB
+    assert ballast.sum() == 2**26
+    made = contender.Contender("second", "torch", {}, os.environ, worker._log)
+    with contextlib.closing(made):
+        assert made.ask("memory")["peak_bytes"] < 2**28
