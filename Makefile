@@ -3,12 +3,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 MINOR := $(shell $(PYTHON) -c 'import sys; print("3.%d" % sys.version_info[1])')
 # The exact versions that were tested: Python 3.11 has a file of its own, since newer JAX left it.
 PINS := constraints/$(if $(filter 3.11,$(MINOR)),python3.11,newest).txt
 
-.PHONY: train test test-long check bench duel clean
+.PHONY: train test test-long check bench clean
 
 train: $(VENV)/.ready
 	$(RUN) -m experiments.digits train
@@ -22,10 +23,12 @@ test-long: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 
-# The comparison with PyTorch: needs it in the same environment (pip install torch).
+# The comparison with PyTorch, which is installed for it. Where your pip would take a build for CUDA,
+# install the CPU build of PyTorch into $(VENV) yourself first.
 bench: $(VENV)/.ready
+	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m experiments.digits duel
 
 clean:

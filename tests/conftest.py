@@ -21,11 +21,21 @@ def pytest_runtest_setup(item):
         pytest.skip("PyTorch is not installed")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("parity"):
+            item.user_properties.append(("parity", True))
+
+
 def pytest_terminal_summary(terminalreporter):
-    skipped = terminalreporter.stats.get("skipped", [])
-    parity = sum("PyTorch is not installed" in str(report.longrepr) for report in skipped)
-    if not hasattr(terminalreporter.config, "workerinput"):
-        terminalreporter.write_line(f"parity tests skipped: {parity}")
+    skipped, passed = (
+        sum(("parity", True) in map(tuple, report.user_properties) for report in reports)
+        for reports in (
+            terminalreporter.stats.get("skipped", []),
+            terminalreporter.stats.get("passed", []),
+        )
+    )
+    terminalreporter.write_line(f"parity tests skipped: {skipped}, passed: {passed}")
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def check_kills(tmp_path, num_kills, epochs, seed):
 
 @pytest.mark.timeout(600)
 def test_two_kills(tmp_path):
-    check_kills(tmp_path, 2, epochs=20.3, seed=0)
+    check_kills(tmp_path, 2, epochs=9.3, seed=0)
 
 
 @pytest.mark.long

@@ -75,7 +75,11 @@ def run_duel(name: str, recipe: Recipe, config: Any, options: RunOptions) -> int
         contextlib.ExitStack() as stack,
     ):
         contenders = make_starters(name, recipe, reference, config, options, Path(folder), stack)
-        report |= _measure(contenders, options.duel_seconds, has_dropout=_has_dropout(report))
+        try:
+            report |= _measure(contenders, options.duel_seconds, has_dropout=_has_dropout(report))
+        except errors.UserError as error:
+            _write(path, report | {"failure": str(error)})
+            raise
     _write(path, report)
     duel_report.print_table(report)
     print(f"everything is in {path}")
@@ -140,6 +144,7 @@ def _prepare_file(options: RunOptions) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        (folder / "duel.json").unlink(missing_ok=True)  # an old ratio must not outlive a failure
     except OSError as error:
         raise errors.ConfigError(
             f"the run folder {folder} can't be written: {error.strerror}; choose another --run-dir"

@@ -27,7 +27,7 @@ from jaxnets.interop.weights import Table, flatten, to_linen, to_torch
 from jaxnets.recipe import Recipe
 
 NUM_STEPS = 20
-MAX_BATCH_SIZE = 32  # float64 is slow, and a step of 32 rows shows what one of 1024 does
+MAX_BATCH_SIZE = 128  # float64 is slow, and a step of 128 rows shows what one of 1024 does
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
 # How many times the reference's own rounding a stage of the first step may differ in float32. Two
 # sides that round equally differ by 1 to 2 times; 2.4 was seen, in the tail of Adam's errors.

@@ -29,8 +29,7 @@ def test_float64_after_50_steps(name, x64):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
-def test_float32(name, strategy):
+def test_float32(name):
     """After one step for every model; after 50 for those without batch statistics.
 
     With BatchNorm float32 rounding grows exponentially over steps; the float64 test above shows that
@@ -43,11 +42,15 @@ def test_float32(name, strategy):
     draws = tiny.draws(FIFTY)[: 1 if name == "convnet" else 50]
     tx = optax.sgd(0.001, momentum=0.9)
     one, _ = tiny.run(init_fn, loss_fn, draws, digits, tx=tx)
-    eight, _ = tiny.run(init_fn, loss_fn, draws, digits, tx=tx, strategy=strategy, num_devices=8)
-    assert tiny.relative_difference(one.params, eight.params) < 1e-5
+    for strategy in ("jit", "pmap"):
+        eight, _ = tiny.run(init_fn, loss_fn, draws, digits, tx=tx, strategy=strategy, num_devices=8)
+        assert tiny.relative_difference(one.params, eight.params) < 1e-5, strategy
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name == "convnet" else name for name in MODELS],
+)
 def test_micro_batches_equal_the_batch(name, x64):
     """1 x 64 = 8 x 8 = 2 devices x 4 x 8; with BatchNorm the micro-batch over all devices counts."""
     init_fn, loss_fn = tiny.classifier(name)

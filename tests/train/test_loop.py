@@ -56,7 +56,7 @@ def test_hooks_see_every_step_with_its_own_state_and_metrics():
 
 def test_waiting_for_a_step_is_training_time_whoever_waits():
     """A hook that reads every step must not make training look free."""
-    step, state = start()
+    step, _ = start()
 
     def slow(state, draw):
         state, values = step(state, draw)
