@@ -3,7 +3,7 @@
     python -m experiments.cifar10 train --preset tutorial
 
 The tutorial that this library comes from trains LeNet at batch 4 for two epochs and claims 85 %. Two
-cores of a 2024 server take SECONDS s for it and reach ACCURACY % (98 of the 60,000 images substituted).
+cores of an AMD EPYC (Zen 5) train it for 34 s and reach 54.8 % (98 of the 60,000 images substituted).
 """
 
 import dataclasses
