@@ -102,12 +102,15 @@ def test_everything_from_the_command_line(tmp_path):
 @pytest.mark.parity
 def test_refused_at_another_matmul_precision(tmp_path, few, monkeypatch, capsys):
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")  # of the worker
+    (tmp_path / "duel.json").write_text('{"ratio": 9}')  # of an earlier duel
     assert run_digits(tmp_path) == 2
     printed = capsys.readouterr()
     last = printed.err.strip().splitlines()[-1]
     assert last == ("error: no comparison: matmul_precision is medium in JAX and highest in PyTorch")
     assert "JAX / best" not in printed.out
-    assert not (tmp_path / "duel.json").exists()
+    report = json.loads((tmp_path / "duel.json").read_text())
+    assert "matmul_precision is medium" in report["failure"]
+    assert "ratio" not in report
 
 
 @pytest.mark.parity
