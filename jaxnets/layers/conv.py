@@ -5,6 +5,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxnets.ops.convolution import convolve
 from jaxnets.typing import Array
 
 Padding = str | int | tuple[tuple[int, int], tuple[int, int]]
@@ -45,7 +46,7 @@ def conv2d(
         raise ValueError(
             f"a {kernel.shape[:2]} kernel leaves nothing of an image of shape {tuple(x.shape[1:3])}"
         )
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return convolve(x, kernel, strides, pads)
 
 
 class Conv(nn.Module):

@@ -59,8 +59,10 @@ class ConvNet(nn.Module):
         for i, features in enumerate(self.features, start=1):
             conv = Conv(features, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{i}")
             norm = BatchNorm(dtype=self.dtype, name=f"norm{i}")
-            x_BHWC = jax.nn.relu(norm(conv(x_BHWC), train=train, mask=mask))
-            x_BHWC = constrain(max_pool(x_BHWC, (2, 2)), "batch", None, None, None)
+            x_BHWC = norm(conv(x_BHWC), train=train, mask=mask)
+            # ReLU and maximum can change places; this way ReLU has a quarter of the work.
+            x_BHWC = jax.nn.relu(max_pool(x_BHWC, (2, 2)))
+            x_BHWC = constrain(x_BHWC, "batch", None, None, None)
         x_BF = x_BHWC.reshape(x_BHWC.shape[0], -1)
         x_BF = jax.nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense1")(x_BF))
         x_BF = Dropout(self.dropout_rate, name="dropout1")(x_BF, train=train, rows=rows)

@@ -1,5 +1,7 @@
 """Pure array functions that several packages share."""
 
+from jaxnets.ops.convolution import convolve as convolve
+from jaxnets.ops.forms import plain as plain
 from jaxnets.ops.hash import row_bits as row_bits
 from jaxnets.ops.images import normalize_images as normalize_images
 from jaxnets.ops.partition import constrain as constrain

@@ -1,14 +1,16 @@
 """Pooling in plain primitives.
 
 `lax.reduce_window` has a gradient that XLA runs as a scatter, one element at a time on a CPU. Here a
-window is folded over its shifted, strided views instead: comparisons and selects, which fuse, and a
-gradient of padded adds. A maximum that occurs more than once in a window sends its gradient to the
-first in row-major order, and a NaN in a window comes through, both as in PyTorch.
+window is folded over its shifted views instead: comparisons and selects, which fuse. Where windows
+tile the image the views are parts of a reshaped image, whose gradient is a concatenation; elsewhere
+they are strided slices, whose gradients are padded adds. A maximum that occurs more than once in a
+window sends its gradient to the first in row-major order, and a NaN in a window comes through, both
+as in PyTorch.
 """
 
-from collections.abc import Callable
 from functools import reduce
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -34,7 +36,7 @@ def max_pool(x: Array, window: tuple[int, int], strides: tuple[int, int] | None 
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _fold(x, window, strides, lambda best, view: jnp.where(_beats(view, best), view, best))
+    return _first_max(tuple(_views(x, window, strides or window)))
 
 
 def avg_pool(x: Array, window: tuple[int, int], strides: tuple[int, int] | None = None) -> Array:
@@ -42,40 +44,58 @@ def avg_pool(x: Array, window: tuple[int, int], strides: tuple[int, int] | None 
 
     It is added up in at least float32 and given back in x's dtype (in floating point for integers).
     """
-    total = _fold(x.astype(jnp.promote_types(x.dtype, jnp.float32)), window, strides, jnp.add)
-    mean = total / (window[0] * window[1])
+    views = _views(x.astype(jnp.promote_types(x.dtype, jnp.float32)), window, strides or window)
+    mean = reduce(jnp.add, views) / len(views)
     return mean.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else mean
 
 
+@jax.custom_jvp
+def _first_max(views: tuple[Array, ...]) -> Array:
+    """The maximum over arrays of one shape."""
+    return reduce(lambda best, view: jnp.where(_beats(view, best), view, best), views)
+
+
+@_first_max.defjvp
+def _first_max_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # Which array the maximum came from is found by comparing with it. Autodiff of the fold would keep
+    # or compute again all of its intermediate maxima.
+    (views,), (dots,) = primals, tangents
+    best = _first_max(views)
+    is_taken, terms = jnp.zeros(best.shape, bool), []
+    for view, dot in zip(views, dots, strict=True):
+        is_best = (view == best) | _is_nan(view)
+        terms.append(jnp.where(is_best & ~is_taken, dot, jnp.zeros_like(dot)))
+        is_taken |= is_best
+    return best, reduce(jnp.add, terms)
+
+
 def _beats(view: Array, best: Array) -> Array:
-    beats = view > best
-    if jnp.issubdtype(view.dtype, jnp.floating):
-        beats |= jnp.isnan(view)
-    return beats
+    return (view > best) | _is_nan(view)
 
 
-def _fold(
-    x: Array,
-    window: tuple[int, int],
-    strides: tuple[int, int] | None,
-    combine: Callable[[Array, Array], Array],
-) -> Array:
-    strides = strides or window
+def _is_nan(x: Array) -> Array:
+    return x != x  # also for integers, where jnp.isnan fails
+
+
+def _views(x: Array, window: tuple[int, int], strides: tuple[int, int]) -> list[Array]:
+    """What stands at each place of a window, over all windows, in row-major order."""
     if x.ndim != 4:
         raise ValueError(f"pooling takes [B, H, W, C], not {x.shape}")
     if min(*window, *strides) < 1:
         raise ValueError(f"window and strides are at least 1, not {window} and {strides}")
-    size = [(n - w) // s + 1 for n, w, s in zip(x.shape[1:3], window, strides, strict=True)]
-    if min(size) < 1:
+    rows, columns = ((n - w) // s + 1 for n, w, s in zip(x.shape[1:3], window, strides, strict=True))
+    if min(rows, columns) < 1:
         raise ValueError(f"a {window} window leaves nothing of an image of shape {x.shape[1:3]}")
-
-    def view(row: int, column: int) -> Array:
-        stop = (row + (size[0] - 1) * strides[0] + 1, column + (size[1] - 1) * strides[1] + 1)
-        return lax.slice(
-            x,
-            (0, row, column, 0),
-            (x.shape[0], stop[0], stop[1], x.shape[3]),
-            (1, strides[0], strides[1], 1),
-        )
-
-    return reduce(combine, (view(i, j) for i in range(window[0]) for j in range(window[1])))
+    batch, channels = x.shape[0], x.shape[3]
+    height, width = window
+    if tuple(strides) == tuple(window):
+        tiles = x[:, : rows * height, : columns * width]
+        tiles = tiles.reshape(batch, rows, height, columns, width, channels)
+        bands = [band[:, :, 0] for band in lax.split(tiles, [1] * height, axis=2)]
+        return [part[:, :, :, 0] for band in bands for part in lax.split(band, [1] * width, axis=3)]
+    stop = (rows - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1
+    return [
+        lax.slice(x, (0, i, j, 0), (batch, i + stop[0], j + stop[1], channels), (1, *strides, 1))
+        for i in range(height)
+        for j in range(width)
+    ]
