@@ -24,7 +24,7 @@ class Experiment:
     """What an experiment module hands to `main`.
 
     Attributes:
-        name: as in `python -m experiments.NAME`.
+        name: as in `python -m experiments.NAME`, and of the default run folder.
         about: one line for the help.
         config: the default config, a flat frozen dataclass.
         make_recipe: `make_recipe(config, options) -> Recipe`.
@@ -38,6 +38,12 @@ class Experiment:
     make_recipe: MakeRecipe
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     closing: str = ""
+
+    @property
+    def module(self) -> str:
+        """What `python -m` runs, such as "experiments.digits"; a user's own may lie anywhere."""
+        spec = self.make_recipe.__globals__.get("__spec__")
+        return spec.name if spec else f"experiments.{self.name}"
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
@@ -68,7 +74,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
 
 
 def _run(experiment: Experiment, argv: list[str]) -> int:
-    prog = f"python -m experiments.{experiment.name}"
+    prog = f"python -m {experiment.module}"
     if argv and argv[0] in ("-h", "--help"):
         print(
             f"usage: {prog} {{{','.join(COMMANDS)}}} [FLAGS]\n\n{experiment.about}\n\n"
@@ -106,7 +112,7 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
         recipe = experiment.make_recipe(config, options)
-        return run_duel(experiment.name, recipe, config, options)
+        return run_duel(experiment.module, recipe, config, options)
     return _train(experiment, config, options, folder)
 
 

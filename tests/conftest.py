@@ -1,4 +1,4 @@
-"""Eight devices, no silent broadcasting, and a count of the parity tests that were skipped."""
+"""Eight devices, no silent broadcasting, figures that are only reported, a count of parity tests."""
 
 import importlib.util
 import os
@@ -35,6 +35,10 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.stats.get("passed", []),
         )
     )
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "figure":
+                terminalreporter.write_line(value)
     terminalreporter.write_line(f"parity tests skipped: {skipped}, passed: {passed}")
 
 

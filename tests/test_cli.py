@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -259,6 +261,23 @@ def test_help(capsys, words):
         status = exit.code
     assert status == 0
     assert "train" in capsys.readouterr().out
+
+
+def test_help_names_the_module_of_an_experiment_that_lies_elsewhere(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "trial.py").write_text(
+        "import sys\n"
+        "from jaxnets import cli\n"
+        "def make_recipe(config, options): ...\n"
+        "EXPERIMENT = cli.Experiment('trial', 'A trial.', None, make_recipe)\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(cli.main(EXPERIMENT))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "mine.trial", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "usage: python -m mine.trial {train,eval,duel}" in ran.stdout
 
 
 def test_data_that_is_wrong(tmp_path, capsys):

@@ -135,7 +135,7 @@ class Contender:
 
 
 def make_starters(
-    name: str,
+    module: str,
     recipe: Recipe,
     reference: Reference,
     config: Any,
@@ -146,7 +146,7 @@ def make_starters(
     """Functions that start a contender each, JAX's first.
 
     Args:
-        name: of the experiment, whose module is experiments.NAME.
+        module: of the experiment, such as "experiments.digits".
         recipe: of the experiment.
         reference: the same in PyTorch.
         config: what the recipe was made from.
@@ -159,7 +159,7 @@ def make_starters(
     _save(folder / "torch.npz", to_torch(reference.weights, variables))
     _save(folder / "train.npz", recipe.train)
     jax_spec = {
-        "module": f"experiments.{name}",
+        "module": module,
         "config": to_json(config),
         "data_dir": to_json(options)["data_dir"],
         "verify": options.verify,

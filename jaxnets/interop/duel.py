@@ -38,11 +38,11 @@ LOSS_BOUND = 1e-3  # of the first few losses in float32, where parity has been s
 _SAME = ("device", "dtype", "batch_size", "matmul_precision")
 
 
-def run_duel(name: str, recipe: Recipe, config: Any, options: RunOptions) -> int:
+def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> int:
     """Compare an experiment with its PyTorch reference; writes duel.json and prints a table.
 
     Args:
-        name: of the experiment, whose module is experiments.NAME.
+        module: of the experiment, such as "experiments.digits".
         recipe: of the experiment.
         config: what the recipe was made from.
         options: `run_dir` is the folder of duel.json, `duel_seconds` about the time of measuring.
@@ -58,11 +58,11 @@ def run_duel(name: str, recipe: Recipe, config: Any, options: RunOptions) -> int
     reference = load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)
     path = _prepare_file(options)
     report: dict[str, Any] = {
-        "experiment": name,
+        "experiment": recipe.name,
         "model": recipe.torch_arguments.get("model"),
         "config": to_json(config),
     }
-    _say(f"parity of {name} with {recipe.torch_reference}")
+    _say(f"parity of {recipe.name} with {recipe.torch_reference}")
     try:
         report["parity"] = {"passed": True} | check_parity(recipe, reference, say=_say)
     except errors.ParityError as error:
@@ -74,7 +74,7 @@ def run_duel(name: str, recipe: Recipe, config: Any, options: RunOptions) -> int
         tempfile.TemporaryDirectory(prefix="duel-") as folder,
         contextlib.ExitStack() as stack,
     ):
-        contenders = make_starters(name, recipe, reference, config, options, Path(folder), stack)
+        contenders = make_starters(module, recipe, reference, config, options, Path(folder), stack)
         try:
             report |= _measure(contenders, options.duel_seconds, has_dropout=_has_dropout(report))
         except errors.UserError as error:

@@ -96,7 +96,7 @@ def test_everything_from_the_command_line(tmp_path):
     assert len(report["torch"]["variants"]) == count
     for dtype in ("float64", "float32"):
         for stage in report["parity"][dtype].values():
-            assert stage["error"] <= stage["bound"]
+            assert stage["bound"] is None or stage["error"] <= stage["bound"]
 
 
 @pytest.mark.parity

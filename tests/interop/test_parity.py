@@ -48,8 +48,13 @@ def test_every_model_and_optimizer_agrees_with_pytorch(model, optimizer, options
         assert len(statistics) == (2 if model == "convnet" else 0)
         assert list(stages) == STAGES
         for name, stage in (stages | dict(enumerate(statistics))).items():
+            if dtype == "float64":
+                assert stage["bound"] == 1e-9
+            elif stage["bound"] is None:
+                assert "all steps" in name
+                assert np.isfinite(stage["error"])
+                continue
             assert stage["error"] <= stage["bound"], name
-            assert dtype == "float32" or stage["bound"] == 1e-9
     assert report["float32"]["outputs"]["bound"] <= 2e-5
     assert report["float32"]["outputs"]["error"] > 0  # float32, and two implementations
     assert 0 < report["float64"]["outputs"]["error"] < 1e-13

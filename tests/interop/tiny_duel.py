@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxnets import losses, metrics, models, ops, registry
 from jaxnets.recipe import Recipe
+from tests.image_classifier import make_loss_fn
 
 CLASSES = 5
 
@@ -34,19 +35,6 @@ def recipe(
         jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
     )
 
-    def loss_fn(params, model_state, batch, *, key):
-        logits_BV, model_state = apply_fn(
-            params,
-            model_state,
-            ops.normalize_images(batch["image"]),
-            train=True,
-            key=key,
-            rows=batch["index"],
-            mask=batch["mask"],
-        )
-        loss = losses.softmax_cross_entropy(logits_BV, batch["label"], label_smoothing=label_smoothing)
-        return {"loss": loss}, model_state, {}
-
     def eval_fn(params, model_state, batch):
         x_BHWC = ops.normalize_images(batch["image"])
         logits_BV, _ = apply_fn(params, model_state, x_BHWC, train=False)
@@ -67,7 +55,7 @@ def recipe(
     whole = Recipe(
         name="tiny",
         init_fn=lambda key: _draw(jax.eval_shape(init_fn, key)),
-        loss_fn=loss_fn,
+        loss_fn=make_loss_fn(apply_fn, label_smoothing),
         eval_fn=eval_fn,
         tx=tx,
         train=arrays,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnets import losses, metrics, models, ops, registry
+from jaxnets import models, registry
 from jaxnets.train import create_state, make_strategy, make_train_step
+from tests.image_classifier import make_loss_fn
 
 TINY = {
     "lenet": {},
@@ -31,22 +32,7 @@ def classifier(name: str, size: int = 16, num_classes: int = 4):
     model = registry.get("model", name)(num_classes=num_classes, **TINY[name])
     example = jax.ShapeDtypeStruct((1, size, size, 1), jnp.result_type(float))
     init_fn, apply_fn = models.functional(model, example)
-
-    def loss_fn(params, model_state, batch, *, key):
-        logits, model_state = apply_fn(
-            params,
-            model_state,
-            ops.normalize_images(batch["image"]),
-            train=True,
-            key=key,
-            rows=batch["index"],
-            mask=batch["mask"],
-        )
-        loss = losses.softmax_cross_entropy(logits, batch["label"])
-        accuracy = metrics.Mean.of(metrics.is_correct(logits, batch["label"]), batch["mask"])
-        return {"loss": loss}, model_state, {"accuracy": accuracy}
-
-    return init_fn, loss_fn
+    return init_fn, make_loss_fn(apply_fn)
 
 
 def to_float(tree, dtype):
