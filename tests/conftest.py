@@ -4,7 +4,11 @@ import importlib.util
 import os
 
 # Before JAX is imported: eight devices stand in for chips. A mesh takes the first n.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# XLA aborts the process where one of them waits longer than 40 s for the others, which on a busy
+# machine of two cores means nothing.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
