@@ -12,42 +12,82 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from jaxnets import cli, data, errors, losses, metrics, models, ops, registry
+from jaxnets import cli, data, errors, losses, metrics, models, ops, registry, train
 from jaxnets.config import RunOptions
 from jaxnets.recipe import Recipe, count_positions
+from jaxnets.train import augment, optim
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: str = "lenet"  # lenet, convnet or mlp
+    model: str = "lenet"  # lenet, convnet, mlp, speednet, or resnet18 to resnet152
     dataset: str = "cifar10"  # cifar10, mnist, digits, or a folder of idx files in the data folder
     epochs: float = 10.0  # passes over the training set
     steps: int | None = None  # in place of epochs
     batch_size: int = 128  # examples, over all devices
     accumulate: int = 1  # micro-batches in a batch
-    optimizer: str = "sgd"  # sgd, adam or adamw
-    learning_rate: float = 0.05  # per step
+    optimizer: str = "sgd"  # sgd, adam, adamw, muon, lion, ... (python -m jaxnets list)
+    learning_rate: float = 0.05  # per step, at its highest
+    schedule: str = "constant"  # constant, linear or cosine, after the warm-up
+    warmup: float = 0.0  # share of the run in which the learning rate rises
     momentum: float = 0.9  # of sgd; the decay of the first moment for the others
     weight_decay: float = 0.0  # per step, as PyTorch's optimizer of that name has it
+    decay_biases: bool = True  # whether biases and normalisations decay too
+    clip_norm: float | None = None  # of the gradients
+    ema_decay: float | None = None  # of an average of the parameters, which evaluation then uses
+    freeze: str | None = None  # regular expression for paths of parameters that stay as they are
     label_smoothing: float = 0.0  # probability taken from the label
+    crop: int = 0  # pixels by which images move, at most
+    flip: str = "none"  # none, random, or alternate: the other way round in every second epoch
+    cutout: int = 0  # pixels a side of a blank square
+    flip_eval: bool = False  # evaluate the mean of an image and its mirror image
+    dtype: str = "float32"  # of the computation: float32 or bfloat16
+    patience: int = 0  # evaluations without a better one after which the run ends; 0 is never
     seed: int = 0  # of the parameters, the order and dropout
 
 
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     build = registry.get("model", config.model)
-    optimizer = registry.get("optimizer", config.optimizer)
-    tx = optimizer(config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
-    if not 0 <= config.label_smoothing <= 1:
-        raise errors.ConfigError(f"label smoothing lies in [0, 1], not {config.label_smoothing}")
+    _check(config)
     images = data.load(config.dataset, data_dir=options.data_dir, verify=options.verify)
     shape = images.train["image"].shape
+    num_examples = shape[0]
+    num_positions = count_positions(
+        num_examples, config.batch_size, epochs=config.epochs, steps=config.steps
+    )
+    num_steps = -(-num_positions // config.batch_size)
+    schedule = train.make_schedule(
+        config.schedule, config.learning_rate, num_steps, warmup=config.warmup
+    )
+    tx = make_optimizer(config, schedule)
+    dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
     init_fn, apply_fn = models.functional(
-        build(num_classes=images.num_classes), jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+        build(num_classes=images.num_classes, dtype=dtype),
+        jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32),
     )
 
+    def augmented(x_BHWC, batch):
+        key, position = jax.random.key(config.seed), batch["position"]
+        flip_key, crop_key, cut_key = jax.random.split(key, 3)
+        if config.flip == "random":
+            x_BHWC = augment.random_flip(x_BHWC, key=flip_key, position=position)
+        if config.flip == "alternate":
+            x_BHWC = augment.alternating_flip(
+                x_BHWC,
+                key=flip_key,
+                index=batch["index"],
+                position=position,
+                num_examples=num_examples,
+            )
+        x_BHWC = augment.random_crop(x_BHWC, config.crop, key=crop_key, position=position)
+        if config.cutout:
+            x_BHWC = augment.cutout(x_BHWC, config.cutout, key=cut_key, position=position)
+        return x_BHWC
+
     def loss_fn(params, model_state, batch, *, key):
-        x_BHWC = ops.normalize_images(batch["image"])
+        x_BHWC = augmented(ops.normalize_images(batch["image"]), batch)
         rows, mask = batch["index"], batch["mask"]
         logits_BV, model_state = apply_fn(
             params, model_state, x_BHWC, train=True, key=key, rows=rows, mask=mask
@@ -61,6 +101,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     def eval_fn(params, model_state, batch):
         x_BHWC = ops.normalize_images(batch["image"])
         logits_BV, _ = apply_fn(params, model_state, x_BHWC, train=False)
+        if config.flip_eval:
+            mirrored_BV, _ = apply_fn(params, model_state, x_BHWC[:, :, ::-1], train=False)
+            logits_BV = (logits_BV + mirrored_BV) / 2
         loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
         correct = metrics.is_correct(logits_BV, batch["label"])
         return {
@@ -76,12 +119,12 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         tx=tx,
         train=images.train,
         test=images.test,
-        num_positions=count_positions(
-            shape[0], config.batch_size, epochs=config.epochs, steps=config.steps
-        ),
+        num_positions=num_positions,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,
+        ema_decay=config.ema_decay,
+        patience=config.patience,
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": config.model,
@@ -92,8 +135,55 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
             "momentum": config.momentum,
             "weight_decay": config.weight_decay,
             "label_smoothing": config.label_smoothing,
+            # It refuses these.
+            **{
+                name: getattr(config, name)
+                for name in _ONLY_HERE
+                if getattr(config, name) != getattr(Config(), name)
+            },
         },
     )
+
+
+# Parts of the recipe that the PyTorch reference refuses where they are in use.
+_ONLY_HERE = (
+    "schedule",
+    "warmup",
+    "decay_biases",
+    "clip_norm",
+    "freeze",
+    "crop",
+    "flip",
+    "cutout",
+    "dtype",
+)
+
+
+def make_optimizer(config: Config, schedule) -> optax.GradientTransformation:
+    optimizer = registry.get("optimizer", config.optimizer)
+    tx = optimizer(
+        config.learning_rate if config.schedule == "constant" and not config.warmup else schedule,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        decay_mask=None if config.decay_biases else optim.matrices_only,
+    )
+    if config.clip_norm is not None:
+        tx = optim.clipped(tx, config.clip_norm)
+    return optim.frozen(tx, [config.freeze]) if config.freeze else tx
+
+
+def _check(config: Config) -> None:
+    if not 0 <= config.label_smoothing <= 1:
+        raise errors.ConfigError(f"label smoothing lies in [0, 1], not {config.label_smoothing}")
+    if config.flip not in ("none", "random", "alternate"):
+        raise errors.unknown("flip", config.flip, ("none", "random", "alternate"))
+    if config.dtype not in ("float32", "bfloat16"):
+        raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
+    if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+        raise errors.ConfigError(f"ema_decay lies in [0, 1), not {config.ema_decay}")
+    for name in ("crop", "cutout", "patience"):
+        if getattr(config, name) < 0:
+            raise errors.ConfigError(f"{name} must be at least 0, not {getattr(config, name)}")
 
 
 EXPERIMENT = cli.Experiment(

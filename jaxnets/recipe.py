@@ -31,6 +31,8 @@ class Recipe:
         batch_size: examples in a global batch.
         accumulate: micro-batches in a batch.
         seed: of the parameters, the order and all randomness.
+        ema_decay: of an average of the parameters, which evaluation then uses; None for none.
+        patience: evaluations without a better one after which the run ends; 0 is never.
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
@@ -52,6 +54,8 @@ class Recipe:
     batch_size: int
     accumulate: int = 1
     seed: int = 0
+    ema_decay: float | None = None
+    patience: int = 0
     weights_fn: "WeightsFn | None" = None
     coefficients: Mapping[str, float] | None = None
     eval_batch_size: int = 512

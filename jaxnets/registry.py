@@ -16,6 +16,12 @@ _entries: dict[str, dict[str, str | Callable[..., Any]]] = {
         "lenet": "jaxnets.models.lenet:lenet",
         "convnet": "jaxnets.models.convnet:convnet",
         "mlp": "jaxnets.models.mlp:mlp",
+        "resnet18": "jaxnets.models.resnet:resnet18",
+        "resnet34": "jaxnets.models.resnet:resnet34",
+        "resnet50": "jaxnets.models.resnet:resnet50",
+        "resnet101": "jaxnets.models.resnet:resnet101",
+        "resnet152": "jaxnets.models.resnet:resnet152",
+        "speednet": "jaxnets.models.speednet:speednet",
     },
     "dataset": {
         "cifar10": "jaxnets.data.cifar:load_cifar10",
@@ -26,6 +32,12 @@ _entries: dict[str, dict[str, str | Callable[..., Any]]] = {
         "sgd": "jaxnets.train.optim:sgd",
         "adam": "jaxnets.train.optim:adam",
         "adamw": "jaxnets.train.optim:adamw",
+        "nadamw": "jaxnets.train.optim:nadamw",
+        "lamb": "jaxnets.train.optim:lamb",
+        "lion": "jaxnets.train.optim:lion",
+        "rmsprop": "jaxnets.train.optim:rmsprop",
+        "adagrad": "jaxnets.train.optim:adagrad",
+        "muon": "jaxnets.train.optim:muon",
     },
 }
 

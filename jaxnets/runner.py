@@ -49,7 +49,12 @@ def check_recipe(recipe: Recipe, strategy: sharding.Strategy) -> None:
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
     """What makes the state before the first step."""
-    return lambda: create_state(recipe.init_fn, recipe.tx, key=jax.random.key(recipe.seed))
+    return lambda: create_state(
+        recipe.init_fn,
+        recipe.tx,
+        key=jax.random.key(recipe.seed),
+        use_ema=recipe.ema_decay is not None,
+    )
 
 
 def make_evaluator(
@@ -100,6 +105,7 @@ def train(
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
         evaluation = hooks.Evaluate(make_evaluator(recipe, strategy), log, schedule.is_eval_due)
+        early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
 
         def progress() -> dict[str, float]:
             return _add(spent, clock, recipe)
@@ -119,46 +125,55 @@ def train(
             weights_fn=recipe.weights_fn,
             coefficients=recipe.coefficients,
             accumulate=recipe.accumulate,
+            ema_decay=recipe.ema_decay,
         )
         try:
             with hooks.ShowProgress(num_steps, recipe.batch_size, evaluation, first=first) as show:
                 writing = hooks.LogMetrics(
                     log, options.log_every, num_steps, recipe.num_examples / recipe.batch_size
                 )
-                state, reason = fit(
-                    strategy.compile_step(make_step, recipe.train),
-                    state,
-                    Batches(
-                        recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed
-                    ),
-                    hooks=[writing, evaluation, saving, show, stop],
-                    clock=clock,
-                )
-            if reason and int(state.step) < num_steps:
+                reason = None
+                if not early.is_over():  # or the run ended here before
+                    state, reason = fit(
+                        strategy.compile_step(make_step, recipe.train),
+                        state,
+                        Batches(
+                            recipe.num_examples,
+                            recipe.batch_size,
+                            recipe.num_positions,
+                            seed=recipe.seed,
+                        ),
+                        hooks=[writing, evaluation, saving, show, early, stop],
+                        clock=clock,
+                    )
+            last = int(state.step)
+            if early.is_over():
+                say(f"ended after step {last}: {recipe.patience} evaluations without a better one")
+            elif reason and last < num_steps:
                 log.sync()
                 checkpoints.save(state, extra=progress())
                 checkpoints.wait()
-                say(f"stopped by {reason} after step {int(state.step)}; the same command goes on")
+                say(f"stopped by {reason} after step {last}; the same command goes on")
                 return None
             row = next((row for row in reversed(log.rows) if "eval/count" in row), {})
-            if row.get("step") != num_steps:  # the run was stopped here before, or its record is gone
-                evaluation.run(num_steps, state)
+            if row.get("step") != last:  # the run was stopped here before, or its record is gone
+                evaluation.run(last, state)
                 row = log.rows[-1]
             checkpoints.wait()
         finally:
             log.close()
-        draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {num_steps} steps")
+        draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
         best = checkpoints.best()
     path = folder / "result.json"
-    if first == num_steps and path.exists():  # nothing was trained: what it says was measured then
+    if first == last and path.exists():  # nothing was trained: what it says was measured then
         with contextlib.suppress(ValueError):
             return json.loads(path.read_text())
     totals = progress()
     seconds = totals["train_seconds"]
     result = {
         "experiment": recipe.name,
-        "steps": int(state.step),
-        "epochs": round(recipe.num_positions / recipe.num_examples, 4),
+        "steps": last,
+        "epochs": round(min(last * recipe.batch_size, recipe.num_positions) / recipe.num_examples, 4),
         "eval": {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")},
         "best_step": best,
         "train_seconds": round(seconds, 3),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.torch_reference import convnet, lenet, mlp
+from benchmarks.torch_reference import convnet, lenet, mlp, resnet, speednet
 from jaxnets import errors
 from jaxnets.interop.reference import Reference
 
@@ -20,6 +20,8 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
     "lenet": (lenet.LeNet, lenet.table),
     "convnet": (convnet.ConvNet, convnet.table),
     "mlp": (mlp.MLP, mlp.table),
+    "speednet": (speednet.SpeedNet, speednet.table),
+    **{name: (resnet.make(name), resnet.make_table(name)) for name in resnet.STAGES},
 }
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -34,11 +36,12 @@ def reference(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     label_smoothing: float = 0.0,
+    **others: Any,
 ) -> Reference:
     """Build a classifier's reference.
 
     Args:
-        model: lenet, convnet or mlp.
+        model: lenet, convnet, mlp, speednet, or resnet18 to resnet152.
         image_shape: (H, W, C).
         num_classes: V.
         optimizer: sgd, adam or adamw.
@@ -46,14 +49,18 @@ def reference(
         momentum: of sgd; the decay of the first moment for the others.
         weight_decay: as PyTorch's optimizer of that name has it.
         label_smoothing: probability taken from the label.
+        others: parts of the recipe in use that the reference doesn't have.
 
     Raises:
-        ConfigError: if there is no such model or optimizer.
+        ConfigError: if there is no such model or optimizer, or there are other parts.
     """
     if model not in _MODELS:
         raise errors.unknown("PyTorch reference", model, _MODELS)
     if optimizer not in _OPTIMIZERS:
         raise errors.unknown("PyTorch optimizer", optimizer, _OPTIMIZERS)
+    if others:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise errors.ConfigError(f"the PyTorch reference does not have {flags}; leave it out")
     make, table = _MODELS[model]
     height, width, channels = image_shape
     shape = (height, width, channels)

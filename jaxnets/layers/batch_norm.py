@@ -55,11 +55,13 @@ class BatchNorm(nn.Module):
     Attributes:
         momentum: share of the running statistics that an update keeps; 0.9 is PyTorch's 0.1.
         epsilon: added to the variance.
+        use_scale: whether a scale is learnt.
         dtype: of the output; the input's by default. Statistics are in at least float32.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    use_scale: bool = True
     dtype: DTypeLike | None = None
 
     @nn.compact
@@ -77,7 +79,7 @@ class BatchNorm(nn.Module):
         width = x.shape[-1:]
         mean_var = self.variable("batch_stats", "mean", jnp.zeros, width)
         var_var = self.variable("batch_stats", "var", jnp.ones, width)
-        scale = self.param("scale", nn.initializers.ones, width)
+        scale = self.param("scale", nn.initializers.ones, width) if self.use_scale else 1.0
         bias = self.param("bias", nn.initializers.zeros, width)
         if train:
             mean, var, count = batch_moments(x, mask)

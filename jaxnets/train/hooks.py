@@ -1,13 +1,16 @@
 """Hooks: what happens beside the steps. Each is called as `hook(step, state, metrics)`."""
 
 import dataclasses
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -102,6 +105,64 @@ class SaveCheckpoint:
             self.checkpoints.save(
                 state, score=self.score(step), extra=self.extra(), keep=self.keep(step)
             )
+
+
+@dataclasses.dataclass
+class StopEarly:
+    """Stop when evaluation has not become better for a while.
+
+    It remembers nothing: the log says how evaluation went, also before a resume.
+
+    Attributes:
+        log: with the rows of `Evaluate`, which must come before this hook.
+        monitor: the metric that counts.
+        patience: evaluations without a better one after which to stop; 0 is never.
+        maximize: whether a greater value is better.
+    """
+
+    log: MetricsLog
+    monitor: str
+    patience: int
+    maximize: bool = True
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> str | None:
+        """The reason to stop, if there is one."""
+        return f"{self.patience} evaluations without a better one" if self.is_over() else None
+
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        name = f"eval/{self.monitor}"
+        worst = -math.inf if self.maximize else math.inf
+        found = [row[name] for row in self.log.rows if name in row]
+        values = [worst if value is None else value for value in found]
+        if not self.patience or not values:
+            return False
+        best = values.index((max if self.maximize else min)(values))  # the first of equal ones
+        return len(values) - 1 - best >= self.patience
+
+
+@dataclasses.dataclass
+class Profile:
+    """Record a profile of some steps, for TensorBoard or Perfetto.
+
+    Attributes:
+        folder: where to.
+        start: the step after which recording begins.
+        stop: the step after which it ends.
+    """
+
+    folder: Path
+    start: int
+    stop: int
+
+    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Begin or end, with all steps up to this one done."""
+        if step == self.start:
+            metrics.read()
+            jax.profiler.start_trace(str(self.folder))
+        elif step == self.stop:
+            metrics.read()
+            jax.profiler.stop_trace()
 
 
 class StopOnSignal:

@@ -1,59 +1,257 @@
-"""Optimizers by name, each with the conventions of PyTorch's of the same name."""
+"""Optimizers by name, and what wraps them: decay masks, clipping, freezing.
+
+`sgd`, `adam` and `adamw` keep to the conventions of PyTorch's of the same name; the others are Optax's
+own. All take the same arguments, so that an experiment can choose one by name.
+"""
 
 import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxnets import errors
+from jaxnets.typing import Params, PyTree
+
+Rate = float | Callable[..., Any]
 
 
 def sgd(
-    learning_rate: float, *, momentum: float = 0.0, weight_decay: float = 0.0
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+    nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent; weight decay is added to the gradient before the momentum.
 
     Args:
-        learning_rate: finite, at least 0.
+        learning_rate: finite, at least 0; or a function of the step.
         momentum: share of the velocity that is kept, in [0, 1).
         weight_decay: factor of the parameters, at least 0.
+        decay_mask: `decay_mask(params)` says which of them decay; all by default.
+        nesterov: whether to look ahead along the velocity.
     """
     _check(learning_rate, weight_decay, momentum=momentum)
-    descent = optax.sgd(learning_rate, momentum=momentum or None)
-    return optax.chain(optax.add_decayed_weights(weight_decay), descent) if weight_decay else descent
+    descent = optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov)
+    return _decayed(descent, weight_decay, decay_mask)
 
 
 def adam(
-    learning_rate: float, *, momentum: float = 0.9, weight_decay: float = 0.0
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980); weight decay is added to the gradient.
 
     Args:
-        learning_rate: finite, at least 0.
+        learning_rate: finite, at least 0; or a function of the step.
         momentum: decay of the first moment, in [0, 1).
         weight_decay: factor of the parameters, at least 0.
+        decay_mask: `decay_mask(params)` says which of them decay; all by default.
     """
     _check(learning_rate, weight_decay, momentum=momentum)
-    descent = optax.adam(learning_rate, b1=momentum)
-    return optax.chain(optax.add_decayed_weights(weight_decay), descent) if weight_decay else descent
+    return _decayed(optax.adam(learning_rate, b1=momentum), weight_decay, decay_mask)
 
 
 def adamw(
-    learning_rate: float, *, momentum: float = 0.9, weight_decay: float = 0.01
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.01,
+    decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
     Args:
-        learning_rate: finite, at least 0.
+        learning_rate: finite, at least 0; or a function of the step.
         momentum: decay of the first moment, in [0, 1).
         weight_decay: share of the parameters, times the learning rate, that a step takes off.
+        decay_mask: `decay_mask(params)` says which of them decay; all by default.
     """
     _check(learning_rate, weight_decay, momentum=momentum)
-    return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay)
+    return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
 
 
-def _check(learning_rate: float, weight_decay: float, *, momentum: float) -> None:
+def nadamw(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """AdamW with Nesterov's momentum (Dozat 2016); arguments as in `adamw`."""
+    _check(learning_rate, weight_decay, momentum=momentum)
+    return optax.nadamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+
+
+def lamb(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """LAMB (You et al. 2020, arXiv 1904.00962); arguments as in `adamw`."""
+    _check(learning_rate, weight_decay, momentum=momentum)
+    return optax.lamb(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+
+
+def lion(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv 2302.06675); arguments as in `adamw`."""
+    _check(learning_rate, weight_decay, momentum=momentum)
+    return optax.lion(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+
+
+def rmsprop(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """RMSProp (Hinton 2012); arguments as in `sgd`."""
+    _check(learning_rate, weight_decay, momentum=momentum)
+    return _decayed(optax.rmsprop(learning_rate, momentum=momentum or None), weight_decay, decay_mask)
+
+
+def adagrad(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """Adagrad (Duchi et al. 2011), which has no momentum; other arguments as in `sgd`."""
+    _check(learning_rate, weight_decay, momentum=momentum)
+    return _decayed(optax.adagrad(learning_rate), weight_decay, decay_mask)
+
+
+def muon(
+    learning_rate: Rate,
+    *,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    decay_mask: Callable[[Params], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for kernels, those of convolutions as matrices, and Adam for the rest.
+
+    Args:
+        learning_rate: finite, at least 0; or a function of the step.
+        momentum: decay of Muon's momentum and of Adam's first moment, in [0, 1).
+        weight_decay: share of the parameters, times the learning rate, that a step takes off.
+        decay_mask: `decay_mask(params)` says which of them decay; all by default.
+    """
+    _check(learning_rate, weight_decay, momentum=momentum)
+
+    def axes(params: Params) -> PyTree:
+        def of(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+            if leaf.ndim < 2:
+                return None
+            inputs = tuple(range(leaf.ndim - 1))
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
+
+        return jax.tree.map(of, params)
+
+    direction = optax.contrib.muon(
+        1.0, beta=momentum, adam_b1=momentum, muon_weight_dimension_numbers=axes
+    )
+    # Optax's own weight decay of Muon has no mask for what Adam changes.
+    decay = optax.add_decayed_weights(-weight_decay, decay_mask)
+    rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+    return optax.chain(direction, decay, rate) if weight_decay else optax.chain(direction, rate)
+
+
+def matrices_only(params: Params) -> PyTree:
+    """A decay mask that spares biases and the scales and biases of normalisations."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    """Scale the gradients down to a global norm where they exceed it.
+
+    Args:
+        tx: what takes them then.
+        norm: finite, above 0.
+
+    Raises:
+        ConfigError: if the norm is out of range.
+    """
+    if not (math.isfinite(norm) and norm > 0):
+        raise errors.ConfigError(f"gradients are clipped to a finite norm above 0, not {norm}")
+    return optax.chain(optax.clip_by_global_norm(norm), tx)
+
+
+def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
+    """Leave parameters as they are, bit for bit; the optimizer keeps nothing for them.
+
+    Statistics that a model keeps itself, as batch normalisation does, go on changing.
+
+    Args:
+        tx: what changes the others.
+        patterns: regular expressions, each searched for in paths such as "conv1/kernel".
+
+    Raises:
+        ConfigError: when the state is made, if a pattern is found in no path, or nothing is left to
+            learn.
+    """
+
+    def label(params: Params) -> PyTree:
+        paths = jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
+        )
+        names = jax.tree.leaves(paths)
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise errors.ConfigError(
+                    f"nothing to freeze: {pattern!r} is in none of {', '.join(names)}"
+                )
+
+        def is_frozen(name: str) -> bool:
+            return any(re.search(pattern, name) for pattern in patterns)
+
+        if all(is_frozen(name) for name in names):
+            raise errors.ConfigError(f"{', '.join(patterns)} freezes every parameter")
+        return jax.tree.map(lambda name: "frozen" if is_frozen(name) else "learnt", paths)
+
+    return optax.partition({"learnt": tx, "frozen": _keep()}, label)
+
+
+def _keep() -> optax.GradientTransformation:
+    """Updates of -0, which added to any number, -0 too, leave its bits."""
+
+    def update(updates: PyTree, state: optax.OptState, params: Params | None = None, **_: Any):
+        del params
+        return jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _decayed(
+    descent: optax.GradientTransformation,
+    weight_decay: float,
+    decay_mask: Callable[[Params], PyTree] | None,
+) -> optax.GradientTransformation:
+    if not weight_decay:
+        return descent
+    return optax.chain(optax.add_decayed_weights(weight_decay, decay_mask), descent)
+
+
+def _check(learning_rate: Rate, weight_decay: float, *, momentum: float) -> None:
     for name, value in (("learning rate", learning_rate), ("weight decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
+        if not callable(value) and not (math.isfinite(value) and value >= 0):
             raise errors.ConfigError(f"the {name} must be a finite number of at least 0, not {value}")
     if not 0 <= momentum < 1:
         raise errors.ConfigError(f"the momentum must lie in [0, 1), not {momentum}")

@@ -24,7 +24,7 @@ class TrainState:
         model_state: what the model changes itself, such as running statistics; may be empty.
         opt_state: of the Optax transformation.
         key: the run's PRNG key; it never changes, each step folds its number in.
-        ema: an average of the params, which evaluation then uses, or None. `make_train_step` keeps none.
+        ema: an exponential moving average of the params, which evaluation then uses, or None.
         guard: int32 `[]`, the step at which the loss or a gradient wasn't finite, -1 if none: from
             then on no step is applied.
     """
@@ -38,13 +38,16 @@ class TrainState:
     guard: Array
 
 
-def create_state(init_fn: InitFn, tx: optax.GradientTransformation, *, key: Array) -> TrainState:
+def create_state(
+    init_fn: InitFn, tx: optax.GradientTransformation, *, key: Array, use_ema: bool = False
+) -> TrainState:
     """The state before the first step.
 
     Args:
         init_fn: `init_fn(key) -> (params, model_state)`.
         tx: the optimizer.
         key: a PRNG key, from which both the parameters and the run's key derive.
+        use_ema: whether an average of the parameters is kept; it starts as they do.
 
     Returns:
         the state; on which devices is for `Strategy.init` to say.
@@ -57,6 +60,6 @@ def create_state(init_fn: InitFn, tx: optax.GradientTransformation, *, key: Arra
         model_state=model_state,
         opt_state=tx.init(params),
         key=run_key,
-        ema=None,
+        ema=params if use_ema else None,
         guard=jnp.full((), -1, jnp.int32),
     )

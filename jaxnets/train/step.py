@@ -27,6 +27,7 @@ def make_train_step(
     weights_fn: WeightsFn | None = None,
     coefficients: Mapping[str, float] | None = None,
     accumulate: int = 1,
+    ema_decay: float | None = None,
     axis_name: str | None = None,
 ) -> Step:
     """Make `step(state, batch) -> (state, metrics)`.
@@ -48,6 +49,8 @@ def make_train_step(
         coefficients: of the terms; 1 for those that aren't named.
         accumulate: number of micro-batches k that a device's rows are split into; micro-batch m takes
             the rows m, m + k, m + 2 k, ..., so that no row changes device.
+        ema_decay: d in [0, 1) of `ema = d * ema + (1 - d) * params` after each step, for a state that
+            has an average; running statistics are not averaged again.
         axis_name: the mapped axis over which the batch is split, under `pmap`; None under `jit`.
 
     Returns:
@@ -56,6 +59,8 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1; it is {accumulate}")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay lies in [0, 1), not {ema_decay}")
     coefficients = dict(coefficients or {})
 
     def weighted_sums(terms: Mapping[str, Array], batch: Batch) -> dict[str, tuple[Array, Array]]:
@@ -122,12 +127,14 @@ def make_train_step(
         is_first_fault = ~is_finite & (state.guard < 0)
         guard = jnp.where(is_first_fault, state.step, state.guard).astype(jnp.int32)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             model_state=model_state,
             opt_state=opt_state,
+            ema=_average(state.ema, params, ema_decay),
         )
         new_state = jax.tree.map(lambda new, old: jnp.where(guard < 0, new, old), new_state, state)
         values = {"loss": loss, "grad_norm": grad_norm, "guard": guard}
@@ -137,6 +144,14 @@ def make_train_step(
         return dataclasses.replace(new_state, guard=guard), values
 
     return step
+
+
+def _average(ema: Params | None, params: Params, decay: float | None) -> Params | None:
+    if (ema is None) != (decay is None):
+        raise ValueError("a state with an average needs ema_decay, and a step with it such a state")
+    if decay is None:
+        return None
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
 
 
 def _accumulate(grad_fn: Callable, state: TrainState, batch: Batch, accumulate: int):

@@ -15,7 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxnets import losses, models, ops, registry
 
 NAMES = registry.names("model")
-every_model = pytest.mark.parametrize("name", NAMES)
+# Deeper variants of a family: what they compute is tested on its tiny variants, once.
+DEEPER = {"resnet34", "resnet101", "resnet152"}
+every_name = pytest.mark.parametrize("name", NAMES)
+every_model = pytest.mark.parametrize("name", [name for name in NAMES if name not in DEEPER])
 V, B = 5, 16  # classes, rows: two for each of eight devices
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -23,9 +26,26 @@ TINY = {  # fields, and the shape of an image
     "lenet": ({}, (16, 17, 3)),
     "convnet": ({"features": (4, 6), "hidden": 8}, (5, 7, 3)),
     "mlp": ({"hidden": (12, 8)}, (4, 3, 3)),
+    "resnet18": ({"stages": (1, 1), "width": 4}, (5, 6, 3)),
+    "resnet50": ({"stages": (1, 1), "width": 4, "small_images": False}, (15, 14, 3)),
+    "speednet": ({"widths": (4, 6)}, (6, 7, 1)),
 }
-NUM_PARAMS = {"lenet": 62_006, "convnet": 357_034, "mlp": 820_874}  # 32x32x3, 10 classes
-SMALLEST = {"lenet": 16, "convnet": 8}  # pixels a side, where less would leave an empty output
+NUM_PARAMS = {  # 32x32x3, 10 classes
+    "lenet": 62_006,
+    "convnet": 357_034,
+    "mlp": 820_874,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+    "resnet101": 42_512_970,
+    "resnet152": 58_156_618,
+    "speednet": 1_971_640,
+}
+SMALLEST = {
+    "lenet": 16,
+    "convnet": 8,
+    "speednet": 9,
+}  # pixels a side, where less would leave an empty output
 
 
 def tiny(name, **fields):
@@ -249,7 +269,7 @@ def test_the_compute_dtype_is_not_that_of_the_parameters(name):
     np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.05 * np.abs(exact).max())
 
 
-@every_model
+@every_name
 def test_the_number_of_parameters(name):
     model = registry.get("model", name)()
     init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
@@ -275,7 +295,7 @@ def test_any_image_and_number_of_classes(name, shape, num_classes):
     assert output_of(name, shape, num_classes, rows=1) == (1, num_classes)
 
 
-@every_model
+@every_name
 def test_images_that_would_leave_an_empty_output_are_refused(name):
     side = SMALLEST.get(name, 1)
     assert output_of(name, (side, side, 3)) == (2, 10)

@@ -16,7 +16,11 @@ TINY = {
     "lenet": {},
     "convnet": {"features": (4, 8), "hidden": 16},
     "mlp": {"hidden": (16, 16), "dropout_rate": 0.3},
+    "resnet18": {"stages": (1, 1), "width": 4},
+    "resnet50": {"stages": (1, 1), "width": 4, "small_images": False},
+    "speednet": {"widths": (4, 8)},
 }
+HAS_BATCH_STATISTICS = ("convnet", "resnet18", "resnet50", "speednet")
 
 
 def arrays(num_examples: int = 96, size: int = 16, num_classes: int = 4, seed: int = 0):

@@ -1,0 +1,145 @@
+"""SpeedNet: a small network for high accuracy on small images in few epochs.
+
+In the manner of the published speed records on CIFAR-10 (Page 2019, "How to train your ResNet";
+Jordan 2024, arXiv 2404.00498): a fixed first layer that whitens patches, three stages of two wide
+convolutions, GELU, batch normalisation without a scale, and one maximum over what is left of the
+image. It differs from those in being written for any image size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxnets.layers import BatchNorm, Conv, constrain
+from jaxnets.ops import max_pool
+from jaxnets.typing import Array
+
+PATCH = 2  # pixels a side of the patches that the first layer sees
+
+
+def dirac_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+    """A kernel whose first outputs copy the inputs; the others are drawn as PyTorch draws them.
+
+    Args:
+        key: a PRNG key.
+        shape: `(height, width, C, O)`, both sizes odd.
+        dtype: of the kernel.
+
+    Returns:
+        `[height, width, C, O]`.
+    """
+    height, width, channels, features = shape
+    bound = (height * width * channels) ** -0.5
+    kernel = jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+    copies = min(channels, features)
+    kernel = kernel.at[..., :copies].set(0)
+    each = jnp.arange(copies)
+    return kernel.at[height // 2, width // 2, each, each].set(1)
+
+
+class SpeedNet(nn.Module):
+    """Whitening, three stages of two 3x3 convolutions, a maximum over the image, and a head.
+
+    Attributes:
+        num_classes: V.
+        widths: channels of each stage; a stage halves the image.
+        statistics_momentum: share of the running statistics that an update keeps; short runs need
+            quick ones.
+        scale: of the logits.
+        dtype: of the computation; that of input and parameters by default.
+    """
+
+    num_classes: int = 10
+    widths: Sequence[int] = (64, 256, 256)
+    statistics_momentum: float = 0.6
+    scale: float = 1 / 9
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        image: Array,
+        *,
+        train: bool = False,
+        rows: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Classify.
+
+        Args:
+            image: `[B, H, W, C]`, floating; H and W at least 2 to the number of stages, and 1 more.
+            train: whether batch statistics are on.
+            rows: without effect here.
+            mask: boolean `[B]`, false for rows that don't count in the batch statistics.
+
+        Returns:
+            logits `[B, V]`.
+
+        Raises:
+            ValueError: if the images are so small that a layer's output would be empty.
+        """
+        del rows
+        patches = 2 * PATCH * PATCH * image.shape[3]  # every direction and its opposite
+        whiten = Conv(patches, (PATCH, PATCH), dtype=self.dtype, name="whiten")
+        x_BHWC = jax.nn.gelu(whiten(image), approximate=False)
+        for i, width in enumerate(self.widths, start=1):
+            for j in (1, 2):
+                x_BHWC = Conv(
+                    width,
+                    (3, 3),
+                    padding=1,
+                    use_bias=False,
+                    dtype=self.dtype,
+                    kernel_init=dirac_init,
+                    name=f"conv{i}_{j}",
+                )(x_BHWC)
+                if j == 1:
+                    x_BHWC = max_pool(x_BHWC, (2, 2))
+                norm = BatchNorm(
+                    momentum=self.statistics_momentum,
+                    use_scale=False,
+                    dtype=self.dtype,
+                    name=f"norm{i}_{j}",
+                )
+                x_BHWC = jax.nn.gelu(norm(x_BHWC, train=train, mask=mask), approximate=False)
+            x_BHWC = constrain(x_BHWC, "batch", None, None, None)
+        _, height, width, _ = x_BHWC.shape
+        x_BC = max_pool(x_BHWC, (height, width))[:, 0, 0]
+        logits_BV = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, name="head")(x_BC)
+        return logits_BV * self.scale
+
+
+def speednet(num_classes: int = 10, **kwargs) -> SpeedNet:
+    """SpeedNet; 1,971,640 parameters for 3 channels and 10 classes."""
+    return SpeedNet(num_classes=num_classes, **kwargs)
+
+
+def whiten_params(params: Mapping[str, Any], images: np.ndarray, *, epsilon: float = 5e-4) -> Any:
+    """Set SpeedNet's first layer to whiten patches.
+
+    Its filters are the eigenvectors of the patches' covariance, scaled to unit variance, and the same
+    with the opposite sign.
+
+    Args:
+        params: of SpeedNet.
+        images: `[N, H, W, C]` as the network gets them; a few thousand are enough.
+        epsilon: added to the variances.
+
+    Returns:
+        new params.
+    """
+    x_NHWC = np.asarray(images, np.float64)
+    height, width = (n - PATCH + 1 for n in x_NHWC.shape[1:3])
+    patches = np.concatenate(
+        [x_NHWC[:, i : i + height, j : j + width] for i in range(PATCH) for j in range(PATCH)], axis=-1
+    ).reshape(-1, PATCH * PATCH * x_NHWC.shape[3])
+    variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    kernel = (vectors / np.sqrt(variances + epsilon)).reshape(PATCH, PATCH, x_NHWC.shape[3], -1)
+    kernel = np.concatenate([kernel, -kernel], axis=-1)
+    old = params["whiten"]
+    return {**params, "whiten": {**old, "kernel": jnp.asarray(kernel, old["kernel"].dtype)}}

@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnets import errors, registry
+from jaxnets.train import optim
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "conv": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32),
+            "bias": jnp.array([0.5, -0.0, 0.0, 2.0]),
+        },
+        "head": {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "bias": jnp.ones(3)},
+    }
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def run(tx, steps=3, start=None):
+    values = params() if start is None else start
+    state = tx.init(values)
+    for i in range(steps):
+        grads = jax.tree.map(lambda p, i=i: 0.1 * jnp.cos(p + i), values)
+        updates, state = tx.update(grads, state, values)
+        values = optax.apply_updates(values, updates)
+    return values
+
+
+@pytest.mark.parametrize("name", registry.names("optimizer"))
+def test_every_optimizer_goes_down_a_valley(name):
+    rate = 0.1 if name == "muon" else 0.02
+    tx = registry.get("optimizer", name)(rate, momentum=0.5, weight_decay=0.0)
+    start = jax.tree.map(lambda p: p * 0 + 1.0, params())
+
+    def height(values):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(values))
+
+    values, state = start, tx.init(start)
+    update = jax.jit(tx.update)
+    for _ in range(60):
+        updates, state = update(jax.grad(height)(values), state, values)
+        values = optax.apply_updates(values, updates)
+    assert height(values) < 0.7 * height(start)
+
+
+@pytest.mark.parametrize("name", registry.names("optimizer"))
+def test_the_mask_spares_biases(name):
+    def moved(**options):
+        tx = registry.get("optimizer", name)(0.1, momentum=0.5, weight_decay=0.3, **options)
+        return run(tx)
+
+    masked, plain = moved(decay_mask=optim.matrices_only), moved()
+    without = run(registry.get("optimizer", name)(0.1, momentum=0.5, weight_decay=0.0))
+    for layer in ("conv", "head"):
+        np.testing.assert_array_equal(masked[layer]["bias"], without[layer]["bias"])
+        np.testing.assert_array_equal(masked[layer]["kernel"], plain[layer]["kernel"])
+        assert (np.asarray(plain[layer]["kernel"]) != np.asarray(without[layer]["kernel"])).any()
+
+
+def test_clipping_scales_the_global_norm():
+    grads = jax.tree.map(jnp.ones_like, params())
+    norm = float(optax.tree.norm(grads))
+    for limit in (1.0, 2 * norm):
+        tx = optim.clipped(optax.sgd(1.0), limit)
+        updates, _ = tx.update(grads, tx.init(grads), grads)
+        np.testing.assert_allclose(optax.tree.norm(updates), min(limit, norm), rtol=1e-6)
+        expected = -min(1.0, limit / norm)
+        for leaf in jax.tree.leaves(updates):
+            np.testing.assert_allclose(leaf, expected, rtol=1e-6)
+    for limit in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(errors.ConfigError, match="clipped to a finite norm"):
+            optim.clipped(optax.sgd(1.0), limit)
+
+
+def test_freezing_leaves_bits_and_the_rest_learns_as_before():
+    tx = optim.adamw(0.1, weight_decay=0.1)
+    before, after = params(), run(optim.frozen(tx, ["^conv/"]))
+    assert bits(after["conv"]) == bits(before["conv"])  # -0 too
+    np.testing.assert_array_equal(after["head"]["kernel"], run(tx)["head"]["kernel"])
+    state = optim.frozen(tx, ["^conv/"]).init(before)
+    kept = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert (3, 3, 2, 4) not in kept  # no moments for what doesn't learn
+    assert (4, 3) in kept
+
+
+def test_freezing_nothing_or_everything_is_an_error():
+    with pytest.raises(errors.ConfigError, match=r"'cnv' is in none of conv/bias, conv/kernel"):
+        optim.frozen(optax.sgd(0.1), ["cnv"]).init(params())
+    with pytest.raises(errors.ConfigError, match="freezes every parameter"):
+        optim.frozen(optax.sgd(0.1), ["conv", "head"]).init(params())
+
+
+@pytest.mark.parametrize("name", registry.names("optimizer"))
+def test_bad_numbers(name):
+    make = registry.get("optimizer", name)
+    for options, message in [
+        ({"learning_rate": float("nan")}, "learning rate must be a finite"),
+        ({"learning_rate": -1.0}, "learning rate must be"),
+        ({"learning_rate": 0.1, "weight_decay": -0.1}, "weight decay"),
+        ({"learning_rate": 0.1, "momentum": 1.0}, "momentum"),
+    ]:
+        with pytest.raises(errors.ConfigError, match=message):
+            make(**options)
+
+
+def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
+    """All singular values near one another, those of a convolution's matrix of inputs x outputs."""
+    tx = optim.muon(1.0, momentum=0.0)
+    grads = params()
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    matrix = np.asarray(updates["conv"]["kernel"]).reshape(-1, 4)
+    values = np.linalg.svd(matrix, compute_uv=False)
+    before = np.linalg.svd(np.asarray(grads["conv"]["kernel"]).reshape(-1, 4), compute_uv=False)
+    assert values.max() / values.min() < 2.5
+    assert before.max() / before.min() > values.max() / values.min()
