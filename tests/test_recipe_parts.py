@@ -1,0 +1,107 @@
+"""The parts of a recipe together, by the command line: resumed, on other devices, ended early."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cifar10
+from jaxnets import cli, errors
+from jaxnets.train import hooks
+
+PARTS = [
+    *("--dataset", "digits", "--model", "mlp", "--batch-size", "64", "--steps", "12"),
+    *("--optimizer", "adamw", "--learning-rate", "0.01", "--weight-decay", "0.1"),
+    *("--schedule", "cosine", "--warmup", "0.2", "--clip-norm", "1", "--ema-decay", "0.8"),
+    *("--no-decay-biases", "--freeze", "^dense1/bias", "--crop", "2", "--flip", "alternate"),
+    *("--cutout", "8", "--flip-eval", "--log-every", "1", "--checkpoint-every", "5"),
+]
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def train(folder, *words):
+    return cli.main(cifar10.EXPERIMENT, ["train", *words, "--run-dir", str(folder)])
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_every_part_goes_on_exactly_and_on_other_devices(tmp_path, monkeypatch, capsys):
+    whole, broken, spread = (tmp_path / name for name in ("whole", "broken", "spread"))
+    assert train(whole, *PARTS, "--num-devices", "1") == 0
+
+    def interrupt(self, step, state, metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.ShowProgress, "__call__", interrupt)
+        assert train(broken, *PARTS, "--num-devices", "1") == 130
+    capsys.readouterr()
+    assert train(broken, *PARTS, "--num-devices", "1") == 0
+    assert "resuming at step 5 of 12" in capsys.readouterr().err
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert train(spread, *PARTS, "--num-devices", "8") == 0
+    for one, eight in zip(rows(whole), rows(spread), strict=True):
+        assert one.keys() == eight.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(eight[name], value, rtol=1e-3, err_msg=f"{name} {one['step']}")
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
+    flags = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64", "--steps", "30"]
+    flags += ["--learning-rate", "0", "--eval-every", "4", "--patience", "2"]
+    folder = tmp_path / "run"
+    assert train(folder, *flags) == 0
+    assert "ended after step 12: 2 evaluations without a better one" in capsys.readouterr().err
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["steps"], result["epochs"]) == (12, round(12 * 64 / 1438, 4))
+    before = rows(folder)
+    assert [row["step"] for row in before if "eval/accuracy" in row] == [4, 8, 12]
+    assert train(folder, *flags) == 0
+    assert rows(folder) == before
+    assert json.loads((folder / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--flip", "randm"], "did you mean 'random'"),
+        (["--schedule", "cosin"], "did you mean 'cosine'"),
+        (["--dtype", "float16"], "unknown dtype"),
+        (["--crop", "-1"], "crop must be at least 0"),
+        (["--ema-decay", "1"], "ema_decay lies in"),
+        (["--clip-norm", "0"], "finite norm above 0"),
+        (["--freeze", "nothing"], "nothing to freeze"),
+        (["--warmup", "1"], "warmup"),
+    ],
+)
+def test_bad_parts_are_one_clear_line(tmp_path, capsys, words, message):
+    folder = tmp_path / "run"
+    assert train(folder, "--dataset", "digits", "--model", "mlp", *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+@pytest.mark.parity
+def test_the_duel_refuses_parts_that_its_reference_lacks():
+    from benchmarks.torch_reference import classifier
+
+    with pytest.raises(errors.ConfigError, match="does not have --flip, --clip-norm; leave it out"):
+        classifier.reference(
+            model="lenet",
+            image_shape=(32, 32, 3),
+            num_classes=10,
+            optimizer="sgd",
+            learning_rate=0.1,
+            flip="random",
+            clip_norm=1.0,
+        )
