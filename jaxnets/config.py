@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -43,6 +43,8 @@ class RunOptions:
     """Steps between checkpoints; 0 is after each evaluation."""
     checkpoint: str = "latest"
     """Which checkpoint `eval` reads: latest, best, or the number of a step."""
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components, run before anything else; may be repeated."""
     duel_seconds: float = 60.0
     """About how long `duel` measures both sides, in seconds, without compilation."""
 
@@ -126,7 +128,7 @@ def to_json(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(x) for x in value] if isinstance(value, tuple) else value
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 

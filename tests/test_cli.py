@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli
+from jaxnets import cli, registry
 
 SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -295,3 +295,61 @@ def test_data_that_is_wrong(tmp_path, capsys):
     assert cifar("train") == 2
     assert "test_batch.bin" in capsys.readouterr().err
     assert not os.path.exists("runs")
+
+
+PLUGIN = """
+from jaxnets import models, registry
+def mine(num_classes=10, **fields):
+    return models.mlp(num_classes=num_classes, hidden=(8,), **fields)
+registry.register("model", "mine", mine)
+"""
+
+
+def test_a_model_of_ones_own(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    words = ["train", "--dataset", "digits", "--model", "mine", "--batch-size", "64", "--num-devices=1"]
+    first = subprocess.run(
+        [sys.executable, "-m", "experiments.cifar10", *words, "--steps", "2", "--plugin", "mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    config = (tmp_path / "runs/cifar10/config.json").read_text()
+    assert json.loads(config)["config"]["model"] == "mine"
+    assert "plugin" not in config
+    for command in ([*words, "--steps", "4"], ["eval"]):
+        assert cifar(*command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: unknown model 'mine': there are: ")
+        assert error.endswith("one of your own needs --plugin FILE with every command\n")
+    try:
+        assert cifar(*words, "--steps", "4", "--plugin", "mine.py", "--plugin=mine.py") == 0
+        assert "resuming at step 2 of 4" in capsys.readouterr().err
+        assert cifar("eval", "--plugin", "mine.py") == 0
+        assert json.loads(capsys.readouterr().out)["step"] == 4
+    finally:
+        registry.unload("model", "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the plugin mine.py does not exist"),
+        ("def f(:", "mine.py, line 1: invalid syntax"),
+        ("x = 1", "mine.py: registers nothing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval", "duel"])
+def test_a_bad_plugin_is_one_clear_line(tmp_path, capsys, command, text, message):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    assert cifar(command, *SMALL, "--plugin", "mine.py") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "runs").exists()
