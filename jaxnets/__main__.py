@@ -1,64 +1,72 @@
-"""`python -m jaxnets list`: what there is."""
+"""The commands that belong to no experiment: `python -m jaxnets list, inspect, version`."""
 
+import dataclasses
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from jaxnets import errors, registry
+from jaxnets.config import read_words
 from jaxnets.version import __version__
 
-COMMANDS = ("list", "version")
-_HELP = f"""usage: python -m jaxnets {{{",".join(COMMANDS)}}}
 
-list [--plugin FILE]    components by kind, where each comes from, what is loaded; experiments
-version                 of jaxnets"""
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Components by kind, where each comes from, and what is loaded; experiments."""
+
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components; may be repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """The layers of a model with output, parameters, FLOPs and memory of each."""
+
+    model: tyro.conf.Positional[str]
+    """A registered model."""
+    image_shape: str = "32,32,3"
+    """Height, width and channels, in pixels."""
+    num_classes: int = 10
+    """How many classes it tells apart."""
+    batch_size: int = 1
+    """Images in a batch."""
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components; may be repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """The version of jaxnets."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a command that belongs to no experiment; the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP)
+        print(f"usage: python -m jaxnets {{{','.join(_COMMANDS)}}} [FLAGS]\n")
+        for name, (kind, _) in _COMMANDS.items():
+            print(f"{name:<9}{kind.__doc__}")
         return 0 if argv else 2
     try:
-        _run(argv[0], list(argv[1:]))
+        if argv[0] not in _COMMANDS:
+            raise errors.unknown("command", argv[0], _COMMANDS)
+        kind, run = _COMMANDS[argv[0]]
+        arguments = read_words(kind, argv[1:], prog=f"python -m jaxnets {argv[0]}")
+        for file in getattr(arguments, "plugin", ()):
+            registry.load_file(file)
+        run(arguments)
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(command: str, words: list[str]) -> None:
-    if command not in COMMANDS:
-        raise errors.unknown("command", command, COMMANDS)
-    plugins, words = _plugins_of(words)
-    if words:
-        raise errors.ConfigError(f"{command} takes no {words[0]}")
-    if command == "version":
-        print(__version__)
-        return
-    for file in plugins:
-        registry.load_file(file)
-    _list()
-
-
-def _plugins_of(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Take every `--plugin FILE` out of the words."""
-    files, rest, rest_of_words = [], [], iter(words)
-    for word in rest_of_words:
-        name, _, value = word.partition("=")
-        if name != "--plugin":
-            rest.append(word)
-            continue
-        value = value or next(rest_of_words, "")
-        if not value:
-            raise errors.ConfigError("--plugin needs the name of a file")
-        files.append(Path(value))
-    return files, rest
-
-
-def _list() -> None:
+def list_components(arguments: List) -> None:
+    """Print every name that there is."""
     rows = [(c.kind, c.name, c.source, "loaded" if c.is_loaded else "") for c in registry.components()]
     found = importlib.util.find_spec("experiments")
     places = list(found.submodule_search_locations or []) if found else []
@@ -72,6 +80,38 @@ def _list() -> None:
     if not modules:
         print("no experiments here; they come with the repository")
 
+
+def inspect_model(arguments: Inspect) -> None:
+    """Print the layers of a model."""
+    build = registry.get("model", arguments.model)
+    words = arguments.image_shape.split(",")
+    if len(words) != 3 or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise errors.ConfigError(
+            f"the image shape is height,width,channels, such as 32,32,3, not {arguments.image_shape}"
+        )
+    for name in ("num_classes", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise errors.ConfigError(f"{name} is {getattr(arguments, name)}; it must be at least 1")
+    from jaxnets.plan import format_table, layer_table  # JAX, which listing doesn't need
+
+    shape = (arguments.batch_size, *map(int, words))
+    try:
+        rows = layer_table(build(num_classes=arguments.num_classes), shape)
+    except (ValueError, TypeError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {text}") from error
+    print(format_table(rows))
+    print(
+        f"for a batch of {arguments.batch_size}; FLOPs: forward, 2 for each multiply-add of matrix "
+        "products and convolutions"
+    )
+
+
+_COMMANDS: dict[str, tuple[type, Callable]] = {
+    "list": (List, list_components),
+    "inspect": (Inspect, inspect_model),
+    "version": (Version, lambda arguments: print(__version__)),
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -140,11 +140,13 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
         assert stop.signal is not None
         return 128 + stop.signal
     evaluated = result["eval"]
+    pictures = ", confusion.png, samples.png" if recipe.predict_fn else ""
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
         f"after {result['epochs']:g} epochs; {result['train_seconds']:.1f} s of training, "
         f"{result['compile_seconds']:.1f} s of compilation\n"
-        f"everything is in {folder}: result.json, curves.png, metrics.csv, checkpoints, tensorboard"
+        f"everything is in {folder}: result.json, curves.png{pictures}, metrics.csv, checkpoints, "
+        "tensorboard"
     )
     if experiment.closing:
         python = os.path.relpath(sys.executable) if os.sep in sys.executable else sys.executable

@@ -89,15 +89,30 @@ def parse_flags(
     both = dataclasses.make_dataclass(
         "Flags", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields]
     )
+    flags_read: Any = read_words(both, argv, prog=prog, about=about)
+    return flags_read.experiment, flags_read.run
+
+
+def read_words(kind: type[T], argv: Sequence[str], *, prog: str, about: str | None = None) -> T:
+    """Read a dataclass from the words of a command line.
+
+    Args:
+        kind: of dataclass.
+        argv: the words.
+        prog: the command, for the help.
+        about: for the help; the docstring of the dataclass by default.
+
+    Raises:
+        ConfigError: if a flag is unknown or its value can't be read; the message is one line.
+    """
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            flags_read = tyro.cli(both, args=list(argv), prog=prog, description=about)
+            return tyro.cli(kind, args=list(argv), prog=prog, description=about)
     except SystemExit as exit:
         if not exit.code:
             raise
         raise errors.ConfigError(_one_line(printed.getvalue())) from None
-    return flags_read.experiment, flags_read.run
 
 
 def preset_of(argv: Sequence[str], presets: Mapping[str, T]) -> tuple[str | None, list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli, registry
+from jaxnets import cli, data, registry
 
 SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -46,9 +46,12 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [23, 45]
     assert {"step", "epoch", "loss", "accuracy", "grad_norm"} <= set(rows[-2])
+    assert rows[-2]["learning_rate"] == 0.05
+    assert re.search(r"images/s  MFU \d+\.\d%  data wait \d+%  0 s left", err)
     with (folder / "metrics.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curves", "confusion", "samples"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").glob("events*"))
     assert (folder / "checkpoints" / "00000045" / "manifest.json").exists()
     result = json.loads((folder / "result.json").read_text())
@@ -61,6 +64,22 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
         assert result[name] > 0
     assert 0 <= result["data_wait_share"] < 1
     assert {"jax", "jaxnets", "python", "numpy"} <= set(result["versions"])
+    # 32 x 32 pixels into 256, 128, 10 units; three passes of two for each multiply-add
+    assert result["flops_per_example"] == 3 * 2 * (1024 * 256 + 256 * 128 + 128 * 10)
+    used = result["flops_per_example"] * result["examples_per_second"]
+    assert result["mfu"] == pytest.approx(used / result["peak_flops"], rel=0.01)
+    # Trained by pmap over four devices, and still every test image has its own prediction.
+    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+        predictions = dict(file)
+    is_right = predictions["prediction"] == predictions["label"]
+    assert len(is_right) == 359
+    assert is_right.mean() == pytest.approx(result["eval"]["accuracy"])
+    digits_found = data.load("digits")
+    np.testing.assert_array_equal(predictions["label"], digits_found.test["label"])
+    shown = predictions["sample_index"]
+    assert len(shown) == 48
+    np.testing.assert_array_equal(predictions["sample_image"], digits_found.test["image"][shown])
+    assert tuple(predictions["class_names"]) == digits_found.class_names
 
     # The evaluation command reads the run: no flag of its training need be given again.
     assert cifar("eval", "--num-devices", "8", "--checkpoint", "latest") == 0
