@@ -24,6 +24,7 @@ from jaxnets.train.loop import Clock, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, usage_of
 from jaxnets.train.predict import make_predict_step, predict, save_predictions
+from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
 from jaxnets.version import __version__
@@ -170,7 +171,7 @@ def train(
                     recipe.learning_rate,
                 )
                 state, reason = fit(
-                    strategy.compile_step(make_step, recipe.train),
+                    ShapeGuard(strategy.compile_step(make_step, recipe.train)),
                     state,
                     Batches(
                         recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli, data, registry
+from jaxnets import cli, data, registry, runner
 
 SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -372,3 +372,18 @@ def test_a_bad_plugin_is_one_clear_line(tmp_path, capsys, command, text, message
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
+    """Over a short last batch and a resumed run there is one signature each."""
+    guards = []
+
+    class Recorded(runner.ShapeGuard):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            guards.append(self)
+
+    monkeypatch.setattr(runner, "ShapeGuard", Recorded)
+    for epochs in ("0.1", "0.2"):  # of 23 batches, which ends short
+        assert cifar("train", *SMALL, "--epochs", epochs, "--num-devices", "1") == 0
+    assert [guard.num_signatures for guard in guards] == [1, 1]

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from jaxnets.report import draw_predictions, predictions
 
 LABEL = np.array([0, 0, 0, 0, 1, 1, 2, 2], np.int32)
-PREDICTION = np.array([0, 0, 0, 1, 1, 0, 2, 2], np.int32)
-COUNTS = np.array([[3, 1, 0, 0], [1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]])  # of class 3 there is none
+PREDICTION = np.array([0, 0, 0, 1, 1, 2, 2, 2], np.int32)
+COUNTS = np.array([[3, 1, 0, 0], [0, 1, 1, 0], [0, 0, 2, 0], [0, 0, 0, 0]])  # of class 3 there is none
 NAMES = ("cat", "dog", "ship", "frog")
 
 
