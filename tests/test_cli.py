@@ -375,7 +375,7 @@ def test_a_bad_plugin_is_one_clear_line(tmp_path, capsys, command, text, message
 
 
 def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
-    """Over a short last batch and a resumed run there is one signature each."""
+    """The last of the three batches is short, and still there is one signature."""
     guards = []
 
     class Recorded(runner.ShapeGuard):
@@ -384,6 +384,5 @@ def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
             guards.append(self)
 
     monkeypatch.setattr(runner, "ShapeGuard", Recorded)
-    for epochs in ("0.1", "0.2"):  # of 23 batches, which ends short
-        assert cifar("train", *SMALL, "--epochs", epochs, "--num-devices", "1") == 0
-    assert [guard.num_signatures for guard in guards] == [1, 1]
+    assert cifar("train", *SMALL, "--epochs", "0.1", "--num-devices", "1") == 0
+    assert [guard.num_signatures for guard in guards] == [1]

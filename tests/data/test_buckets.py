@@ -25,6 +25,7 @@ def test_two_axes_take_the_least_volume():
     assert bucket_of((30, 40), buckets) == (32, 64)
     assert bucket_of((33, 1), buckets) == (64, 32)
     assert bucket_of((32, 32), buckets) == (32, 32)
+    assert bucket_of((10, 10), ((16, 64), (32, 24))) == (32, 24)
     with pytest.raises(errors.DataError, match="fits into none"):
         bucket_of((65, 1), buckets)
 
