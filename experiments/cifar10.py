@@ -98,12 +98,16 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         correct = metrics.is_correct(logits_BV, batch["label"])
         return {"loss": loss}, model_state, {"accuracy": metrics.Mean.of(correct, mask)}
 
-    def eval_fn(params, model_state, batch):
+    def predict_fn(params, model_state, batch):
         x_BHWC = ops.normalize_images(batch["image"])
         logits_BV, _ = apply_fn(params, model_state, x_BHWC, train=False)
         if config.flip_eval:
             mirrored_BV, _ = apply_fn(params, model_state, x_BHWC[:, :, ::-1], train=False)
             logits_BV = (logits_BV + mirrored_BV) / 2
+        return logits_BV
+
+    def eval_fn(params, model_state, batch):
+        logits_BV = predict_fn(params, model_state, batch)
         loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
         correct = metrics.is_correct(logits_BV, batch["label"])
         return {
@@ -125,6 +129,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         seed=config.seed,
         ema_decay=config.ema_decay,
         patience=config.patience,
+        predict_fn=predict_fn,
+        class_names=images.class_names,
+        learning_rate=schedule,
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": config.model,

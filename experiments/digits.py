@@ -57,6 +57,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         loss, _, accuracy = forward(params, model_state, batch, train=False)
         return {"accuracy": accuracy, "loss": metrics.Mean.of(loss, batch["mask"])}
 
+    def predict_fn(params, model_state, batch):
+        return apply_fn(params, model_state, ops.normalize_images(batch["image"]), train=False)[0]
+
     return Recipe(
         name="digits",
         init_fn=init_fn,
@@ -71,6 +74,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         batch_size=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,
+        predict_fn=predict_fn,
+        class_names=digits.class_names,
+        learning_rate=lambda step: config.learning_rate,
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": "lenet",

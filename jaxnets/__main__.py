@@ -1,33 +1,117 @@
-"""`python -m jaxnets list`: what there is."""
+"""The commands that belong to no experiment: `python -m jaxnets list, inspect, version`."""
 
+import dataclasses
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from jaxnets import errors, registry
+from jaxnets.config import read_words
 from jaxnets.version import __version__
 
 
-def main(argv: list[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Components by kind, where each comes from, and what is loaded; experiments."""
+
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components; may be repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """The layers of a model with output, parameters, FLOPs and memory of each."""
+
+    model: tyro.conf.Positional[str]
+    """A registered model."""
+    image_shape: str = "32,32,3"
+    """Height, width and channels, in pixels."""
+    num_classes: int = 10
+    """How many classes it tells apart."""
+    batch_size: int = 1
+    """Images in a batch."""
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components; may be repeated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """The version of jaxnets."""
+
+
+def main(argv: Sequence[str]) -> int:
     """Run a command that belongs to no experiment; the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m jaxnets {list,version}")
+        print(f"usage: python -m jaxnets {{{','.join(_COMMANDS)}}} [FLAGS]\n")
+        for name, (kind, _) in _COMMANDS.items():
+            print(f"{name:<9}{kind.__doc__}")
         return 0 if argv else 2
-    if argv == ["version"]:
-        print(__version__)
-        return 0
-    if argv != ["list"]:
-        error = errors.unknown("command", " ".join(argv), ("list", "version"))
+    try:
+        if argv[0] not in _COMMANDS:
+            raise errors.unknown("command", argv[0], _COMMANDS)
+        kind, run = _COMMANDS[argv[0]]
+        arguments = read_words(kind, argv[1:], prog=f"python -m jaxnets {argv[0]}")
+        for file in getattr(arguments, "plugin", ()):
+            registry.load_file(file)
+        run(arguments)
+    except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for kind in registry.kinds():
-        print(f"{kind + 's:':<13}{', '.join(registry.names(kind))}")
-    found = importlib.util.find_spec("experiments")
-    places = list(found.submodule_search_locations or []) if found else []
-    names = sorted(module.name for module in pkgutil.iter_modules(places))
-    print(f"{'experiments:':<13}{', '.join(names) or 'none here; they come with the repository'}")
     return 0
 
+
+def list_components(arguments: List) -> None:
+    """Print every name that there is."""
+    rows = [(c.kind, c.name, c.source, "loaded" if c.is_loaded else "") for c in registry.components()]
+    found = importlib.util.find_spec("experiments")
+    places = list(found.submodule_search_locations or []) if found else []
+    modules = sorted(module.name for module in pkgutil.iter_modules(places))
+    rows += [("experiment", name, f"experiments.{name}", "") for name in modules]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print(
+            "  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        )
+    if not modules:
+        print("no experiments here; they come with the repository")
+
+
+def inspect_model(arguments: Inspect) -> None:
+    """Print the layers of a model."""
+    build = registry.get("model", arguments.model)
+    words = arguments.image_shape.split(",")
+    if len(words) != 3 or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise errors.ConfigError(
+            f"the image shape is height,width,channels, such as 32,32,3, not {arguments.image_shape}"
+        )
+    for name in ("num_classes", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise errors.ConfigError(f"{name} is {getattr(arguments, name)}; it must be at least 1")
+    from jaxnets.plan import format_table, layer_table  # JAX, which listing doesn't need
+
+    shape = (arguments.batch_size, *map(int, words))
+    try:
+        rows = layer_table(build(num_classes=arguments.num_classes), shape)
+    except (ValueError, TypeError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {text}") from error
+    print(format_table(rows))
+    print(
+        f"for a batch of {arguments.batch_size}; FLOPs: forward, 2 for each multiply-add of matrix "
+        "products and convolutions"
+    )
+
+
+_COMMANDS: dict[str, tuple[type, Callable]] = {
+    "list": (List, list_components),
+    "inspect": (Inspect, inspect_model),
+    "version": (Version, lambda arguments: print(__version__)),
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

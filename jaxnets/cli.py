@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxnets import errors, runner
+from jaxnets import errors, registry, runner
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.recipe import Recipe
 from jaxnets.train import checkpoint, hooks, run_folder, sharding
@@ -96,6 +96,8 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
         about += f" --preset NAME takes other defaults: {', '.join(experiment.presets)}."
     parse = partial(parse_flags, words, prog=f"{prog} {command}", about=about)
     config, options = parse(default)
+    for file in options.plugin:
+        registry.load_file(file)
     folder = Path("runs") / (f"{experiment.name}-{preset}" if preset else experiment.name)
     folder = options.run_dir or folder
     options = dataclasses.replace(options, run_dir=folder)
@@ -138,11 +140,13 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
         assert stop.signal is not None
         return 128 + stop.signal
     evaluated = result["eval"]
+    pictures = ", confusion.png, samples.png" if recipe.predict_fn else ""
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
         f"after {result['epochs']:g} epochs; {result['train_seconds']:.1f} s of training, "
         f"{result['compile_seconds']:.1f} s of compilation\n"
-        f"everything is in {folder}: result.json, curves.png, metrics.csv, checkpoints, tensorboard"
+        f"everything is in {folder}: result.json, curves.png{pictures}, metrics.csv, checkpoints, "
+        "tensorboard"
     )
     if experiment.closing:
         python = os.path.relpath(sys.executable) if os.sep in sys.executable else sys.executable

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -43,6 +43,8 @@ class RunOptions:
     """Steps between checkpoints; 0 is after each evaluation."""
     checkpoint: str = "latest"
     """Which checkpoint `eval` reads: latest, best, or the number of a step."""
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A Python file of yours that registers components, run before anything else; may be repeated."""
     duel_seconds: float = 60.0
     """About how long `duel` measures both sides, in seconds, without compilation."""
 
@@ -87,15 +89,30 @@ def parse_flags(
     both = dataclasses.make_dataclass(
         "Flags", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields]
     )
+    flags_read: Any = read_words(both, argv, prog=prog, about=about)
+    return flags_read.experiment, flags_read.run
+
+
+def read_words(kind: type[T], argv: Sequence[str], *, prog: str, about: str | None = None) -> T:
+    """Read a dataclass from the words of a command line.
+
+    Args:
+        kind: of dataclass.
+        argv: the words.
+        prog: the command, for the help.
+        about: for the help; the docstring of the dataclass by default.
+
+    Raises:
+        ConfigError: if a flag is unknown or its value can't be read; the message is one line.
+    """
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            flags_read = tyro.cli(both, args=list(argv), prog=prog, description=about)
+            return tyro.cli(kind, args=list(argv), prog=prog, description=about)
     except SystemExit as exit:
         if not exit.code:
             raise
         raise errors.ConfigError(_one_line(printed.getvalue())) from None
-    return flags_read.experiment, flags_read.run
 
 
 def preset_of(argv: Sequence[str], presets: Mapping[str, T]) -> tuple[str | None, list[str]]:
@@ -126,7 +143,7 @@ def to_json(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(x) for x in value] if isinstance(value, tuple) else value
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 

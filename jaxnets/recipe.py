@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxnets import errors
@@ -36,6 +36,11 @@ class Recipe:
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]` of a classifier of images,
+            whose predictions on the test set are kept and drawn; None for others.
+        class_names: of a classifier, one for each class, where the data set has them.
+        learning_rate: `learning_rate(step)` is the rate of a step, counted from 0, for the record; it
+            does not set the optimizer's.
         monitor: the metric of evaluation by which the best checkpoint is chosen.
         maximize: whether a greater value of it is better.
         torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
@@ -59,6 +64,9 @@ class Recipe:
     weights_fn: "WeightsFn | None" = None
     coefficients: Mapping[str, float] | None = None
     eval_batch_size: int = 512
+    predict_fn: "Callable[..., Any] | None" = None
+    class_names: Sequence[str] = ()
+    learning_rate: Callable[[int], float] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
     torch_reference: str | None = None

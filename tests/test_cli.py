@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli
+from jaxnets import cli, data, registry, runner
 
 SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -46,9 +46,12 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [23, 45]
     assert {"step", "epoch", "loss", "accuracy", "grad_norm"} <= set(rows[-2])
+    assert rows[-2]["learning_rate"] == 0.05
+    assert re.search(r"images/s  MFU \d+\.\d%  data wait \d+%  0 s left", err)
     with (folder / "metrics.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curves", "confusion", "samples"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").glob("events*"))
     assert (folder / "checkpoints" / "00000045" / "manifest.json").exists()
     result = json.loads((folder / "result.json").read_text())
@@ -61,6 +64,22 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
         assert result[name] > 0
     assert 0 <= result["data_wait_share"] < 1
     assert {"jax", "jaxnets", "python", "numpy"} <= set(result["versions"])
+    # 32 x 32 pixels into 256, 128, 10 units; three passes of two for each multiply-add
+    assert result["flops_per_example"] == 3 * 2 * (1024 * 256 + 256 * 128 + 128 * 10)
+    used = result["flops_per_example"] * result["examples_per_second"]
+    assert result["mfu"] == pytest.approx(used / result["peak_flops"], rel=0.01)
+    # Trained by pmap over four devices, and still every test image has its own prediction.
+    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+        predictions = dict(file)
+    is_right = predictions["prediction"] == predictions["label"]
+    assert len(is_right) == 359
+    assert is_right.mean() == pytest.approx(result["eval"]["accuracy"])
+    digits_found = data.load("digits")
+    np.testing.assert_array_equal(predictions["label"], digits_found.test["label"])
+    shown = predictions["sample_index"]
+    assert len(shown) == 48
+    np.testing.assert_array_equal(predictions["sample_image"], digits_found.test["image"][shown])
+    assert tuple(predictions["class_names"]) == digits_found.class_names
 
     # The evaluation command reads the run: no flag of its training need be given again.
     assert cifar("eval", "--num-devices", "8", "--checkpoint", "latest") == 0
@@ -295,3 +314,75 @@ def test_data_that_is_wrong(tmp_path, capsys):
     assert cifar("train") == 2
     assert "test_batch.bin" in capsys.readouterr().err
     assert not os.path.exists("runs")
+
+
+PLUGIN = """
+from jaxnets import models, registry
+def mine(num_classes=10, **fields):
+    return models.mlp(num_classes=num_classes, hidden=(8,), **fields)
+registry.register("model", "mine", mine)
+"""
+
+
+def test_a_model_of_ones_own(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    words = ["train", "--dataset", "digits", "--model", "mine", "--batch-size", "64", "--num-devices=1"]
+    first = subprocess.run(
+        [sys.executable, "-m", "experiments.cifar10", *words, "--steps", "2", "--plugin", "mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    config = (tmp_path / "runs/cifar10/config.json").read_text()
+    assert json.loads(config)["config"]["model"] == "mine"
+    assert "plugin" not in config
+    for command in ([*words, "--steps", "4"], ["eval"]):
+        assert cifar(*command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: unknown model 'mine': there are: ")
+        assert error.endswith("one of your own needs --plugin FILE with every command\n")
+    try:
+        assert cifar(*words, "--steps", "4", "--plugin", "mine.py", "--plugin=mine.py") == 0
+        assert "resuming at step 2 of 4" in capsys.readouterr().err
+        assert cifar("eval", "--plugin", "mine.py") == 0
+        assert json.loads(capsys.readouterr().out)["step"] == 4
+    finally:
+        registry.unload("model", "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the plugin mine.py does not exist"),
+        ("def f(:", "mine.py, line 1: invalid syntax"),
+        ("x = 1", "mine.py: registers nothing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval", "duel"])
+def test_a_bad_plugin_is_one_clear_line(tmp_path, capsys, command, text, message):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    assert cifar(command, *SMALL, "--plugin", "mine.py") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
+    """The last of the three batches is short, and still there is one signature."""
+    guards = []
+
+    class Recorded(runner.ShapeGuard):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            guards.append(self)
+
+    monkeypatch.setattr(runner, "ShapeGuard", Recorded)
+    assert cifar("train", *SMALL, "--epochs", "0.1", "--num-devices", "1") == 0
+    assert [guard.num_signatures for guard in guards] == [1]

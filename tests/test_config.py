@@ -208,3 +208,9 @@ def test_differences():
     assert config.differences(old, old) == []
     assert config.differences({"a": 1}, {"b": 2}) == ["a 1 -> None", "b None -> 2"]
     assert config.differences({"a": 1, "b": 2}, {"b": 2, "a": 1}) == []
+
+
+def test_a_flag_that_may_be_repeated():
+    assert parse("--plugin", "a.py", "--plugin=b/c.py")[1].plugin == (Path("a.py"), Path("b/c.py"))
+    options = parse("--plugin", "a.py")[1]
+    assert json.loads(json.dumps(config.to_json(options)))["plugin"] == ["a.py"]

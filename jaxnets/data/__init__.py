@@ -2,6 +2,9 @@
 
 from jaxnets.data.batches import Batches as Batches
 from jaxnets.data.batches import take as take
+from jaxnets.data.buckets import bucket_of as bucket_of
+from jaxnets.data.buckets import pad_batch as pad_batch
+from jaxnets.data.buckets import pad_to as pad_to
 from jaxnets.data.datasets import Dataset as Dataset
 from jaxnets.data.datasets import load as load
 from jaxnets.data.order import index as index

@@ -163,6 +163,7 @@ def make_starters(
         "config": to_json(config),
         "data_dir": to_json(options)["data_dir"],
         "verify": options.verify,
+        "plugins": [str(file.expanduser().resolve()) for file in options.plugin],
         "weights": str(folder / "linen.npz"),
     }
     torch_spec = {

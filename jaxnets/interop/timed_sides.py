@@ -29,13 +29,15 @@ class JaxSide:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
         import jax
 
-        from jaxnets import train
+        from jaxnets import registry, train
 
         del sys.modules["torch"]
         from jaxnets.config import RunOptions, from_json
 
         # Compilation is part of the report, so it isn't taken from a cache.
         jax.config.update("jax_enable_compilation_cache", False)
+        for file in spec["plugins"]:
+            registry.load_file(file)
         experiment = importlib.import_module(spec["module"]).EXPERIMENT
         self.after_imports = peak_bytes()
         config = from_json(type(experiment.config), spec["config"])

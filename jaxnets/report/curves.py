@@ -16,18 +16,27 @@ def draw_curves(rows: Sequence[Mapping[str, float | None]], path: Path, *, title
     """
     names = list(dict.fromkeys(name.removeprefix("eval/") for row in rows for name in row))
     names = [name for name in names if name not in ("step", "epoch", "count")]
-    names.sort(key=lambda name: name not in ("loss", "accuracy"))  # those two first
+    last = ("grad_norm", "learning_rate")
+    names.sort(key=lambda name: (name in last, name not in ("loss", "accuracy")))
+    columns = min(max(len(names), 1), 4)
+    lines = max(-(-len(names) // columns), 1)
     # A figure without pyplot has no global state and opens no window.
-    figure = Figure(figsize=(4.5 * max(len(names), 1), 3.6), layout="constrained")
-    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
     for panel, name in zip(panels, names, strict=False):
         steps, values = _series(rows, name)
-        if steps:
+        if steps and name == "learning_rate":  # it is no measurement, and has corners
+            panel.plot(steps, values, color="tab:blue", label="training")
+        elif steps:
             panel.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
             panel.plot(steps, _smooth(values), color="tab:blue", label="training")
-        steps, values = _series(rows, f"eval/{name}")
-        if steps:
-            panel.plot(steps, values, "o-", color="tab:orange", markersize=4, label="test")
+        tested, scores = _series(rows, f"eval/{name}")
+        if tested:
+            panel.plot(tested, scores, "o-", color="tab:orange", markersize=4, label="test")
+        if name == "grad_norm" and values and 0 < 10 * min(values) < max(values):
+            panel.set_yscale("log")
         panel.set(xlabel="step", title=name)
         panel.grid(alpha=0.3)
         if panel.lines:  # a metric may be None throughout

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxnets.train.checkpoint import Checkpoints
-from jaxnets.train.loop import StepMetrics
+from jaxnets.train.loop import Clock, StepMetrics
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.state import TrainState
 
@@ -29,17 +29,22 @@ class LogMetrics:
         every: steps between two lines, at least 1.
         num_steps: of the whole run.
         steps_per_epoch: to say in which epoch a step lies.
+        learning_rate: `learning_rate(step)` of the step that is numbered so from 0; None if unknown.
     """
 
     log: MetricsLog
     every: int
     num_steps: int
     steps_per_epoch: float
+    learning_rate: Callable[[int], float] | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Write if this is such a step."""
         if step % self.every == 0 or step == self.num_steps:
-            self.log.write(step, {"epoch": round(step / self.steps_per_epoch, 6), **metrics.read()})
+            row = {"epoch": round(step / self.steps_per_epoch, 6), **metrics.read()}
+            if self.learning_rate is not None:
+                row["learning_rate"] = float(self.learning_rate(step - 1))
+            self.log.write(step, row)
 
 
 @dataclasses.dataclass
@@ -209,6 +214,8 @@ class ShowProgress:
         unit: what an example is called.
         every_s: seconds between plain lines.
         first: the step that the run goes on from.
+        clock: of the loop; with it the share of the time that went into waiting for data is shown.
+        mfu: `mfu(examples_per_second)` is shown, unless it is None.
         console: where to; standard error by default.
     """
 
@@ -221,10 +228,13 @@ class ShowProgress:
         unit: str = "images",
         every_s: float = 5.0,
         first: int = 0,
+        clock: Clock | None = None,
+        mfu: Callable[[float], float | None] = lambda examples_per_second: None,
         console: Console | None = None,
     ):
         self._num_steps, self._batch_size, self._unit = num_steps, batch_size, unit
-        self._evaluate = evaluate
+        self._evaluate, self._clock, self._mfu = evaluate, clock or Clock(), mfu
+        self._times = 0.0, 0.0  # on data and on all of training, when it was last shown
         self._console = console or Console(stderr=True)
         self._every_s = 0.2 if self._console.is_terminal else every_s
         self._mark: tuple[float, int, float] | None = None
@@ -261,11 +271,19 @@ class ShowProgress:
         speed = (step - before) * self._batch_size / seconds
         loss = metrics.read()["loss"]
         left = (self._num_steps - step) * self._batch_size / max(speed, 1e-9)
-        status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s"
+        status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s{self._shares(speed)}"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             self._say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
         self._mark = (now, step, self._evaluate.seconds)
+
+    def _shares(self, speed: float) -> str:
+        """Model FLOPs utilisation and the wait for data since the last showing."""
+        mfu, times = self._mfu(speed), (self._clock.data, self._clock.train)
+        data, train = (now - before for now, before in zip(times, self._times, strict=True))
+        self._times = times
+        text = "" if mfu is None else f"  MFU {mfu:.1%}"
+        return text + (f"  data wait {data / train:.0%}" if train > 0 else "")
 
     def _print_evaluations(self) -> None:
         for step in [s for s in self._evaluate.results if s > self._printed]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxnets import errors
+from experiments import cifar10
+from jaxnets import errors, registry
+from jaxnets.config import RunOptions
 from jaxnets.interop import contender, reference, sides, timed_sides, weights
 from tests.interop import tiny_duel as tiny
 
@@ -103,3 +105,41 @@ def test_the_peak_is_the_workers_own(worker):
     made = contender.Contender("second", "torch", {}, os.environ, worker._log)
     with contextlib.closing(made):
         assert made.ask("memory")["peak_bytes"] < 2**28
+
+
+PLUGIN = """
+import numpy as np
+from jaxnets import data, registry
+
+def load(*, data_dir, verify, progress):
+    arrays = {
+        "image": np.arange(64 * 16 * 16, dtype=np.uint8).reshape(64, 16, 16, 1),
+        "label": np.arange(64, dtype=np.int32) % 2,
+    }
+    return data.Dataset("mine", arrays, arrays, ("even", "odd"), "made up")
+
+registry.register("dataset", "mine", load)
+"""
+
+
+@pytest.mark.parity
+def test_a_worker_of_jax_loads_the_plugins(tmp_path):
+    """The experiment asks for a data set that only the plugin has."""
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN)
+    options = RunOptions(plugin=(file,))
+    settings = cifar10.Config(dataset="mine", model="mlp", batch_size=8, steps=4)
+    registry.load_file(file)
+    try:
+        made = cifar10.make_recipe(settings, options)
+    finally:
+        registry.unload("dataset", "mine")
+    twin = reference.load_reference("mine", made.torch_reference, made.torch_arguments)
+    with contextlib.ExitStack() as stack:
+        starters = contender.make_starters(
+            "experiments.cifar10", made, twin, settings, options, tmp_path, stack
+        )
+        ours = starters[0]()
+        ours.start()
+        assert ours.side == "jax"
+        assert all(np.isfinite(ours.facts["first_losses"]))

@@ -64,10 +64,10 @@ def test_training_and_evaluation_of_a_metric_share_a_panel(tmp_path, monkeypatch
     assert labels == ["training", "test"]
 
 
-def test_loss_and_accuracy_come_first(tmp_path, monkeypatch):
+def test_loss_and_accuracy_come_first_and_the_gradient_last(tmp_path, monkeypatch):
     rows = [{"step": 1, "grad_norm": 1.0, "loss": 2.0, "eval/bleu": 3.0}]
     panels = drawn(rows, tmp_path / "curves.png", monkeypatch)
-    assert list(panels) == ["loss", "grad_norm", "bleu"]
+    assert list(panels) == ["loss", "bleu", "grad_norm"]
 
 
 def test_no_rows(tmp_path):
@@ -114,3 +114,26 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     before = dict(matplotlib.rcParams)
     draw_curves(rows_of(10), tmp_path / "curves.png")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_gradient_norm_and_learning_rate_come_last(tmp_path, monkeypatch):
+    rates = [0.1] * 40 + [0.01] * 40
+    rows = [
+        {"step": i + 1, "grad_norm": 10 ** (-i / 20), "learning_rate": rate, "loss": 1.0, "bleu": 2.0}
+        for i, rate in enumerate(rates)
+    ]
+    panels = drawn(rows, tmp_path / "curves.png", monkeypatch)
+    assert [name for name in panels if name] == ["loss", "bleu", "grad_norm", "learning_rate"]
+    (line,) = panels["learning_rate"].get_lines()  # as it is: a smoothed step would be a lie
+    assert line.get_ydata().tolist() == rates
+    assert panels["grad_norm"].get_yscale() == "log"  # over more than a factor of ten
+    assert panels["loss"].get_yscale() == "linear"
+
+
+def test_many_metrics_take_several_rows(tmp_path, monkeypatch):
+    rows = [{"step": 1, **{f"metric{i}": float(i) for i in range(6)}}]
+    panels = drawn(rows, tmp_path / "curves.png", monkeypatch)
+    assert len([name for name in panels if name]) == 6
+    width, height = size_of(tmp_path / "curves.png")
+    assert width < 2500
+    assert height > 700

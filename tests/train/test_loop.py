@@ -1,4 +1,5 @@
 import functools
+import io
 import os
 import signal
 import time
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from jaxnets import errors
 from jaxnets.data import Batches
-from jaxnets.train import Clock, create_state, fit, make_strategy, make_train_step
-from jaxnets.train.hooks import Evaluate, LogMetrics, StopOnSignal
+from jaxnets.train import Clock, StepMetrics, create_state, fit, make_strategy, make_train_step
+from jaxnets.train.hooks import Evaluate, LogMetrics, ShowProgress, StopOnSignal
 from jaxnets.train.metrics_log import MetricsLog
 
 DATA = {"x": np.arange(12, dtype=np.float32)}
@@ -133,3 +135,32 @@ def test_evaluation_does_not_change_training(tmp_path):
     log.close()
     assert float(state.params) == float(plain.params)
     assert sorted(evaluation.results) == [2, 4, 6, 8]
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_step(tmp_path):
+    """Step n, counted from 1, was taken with the rate of n - 1 updates before."""
+    log = MetricsLog(tmp_path, step=0)
+    hook = LogMetrics(log, 2, 5, 1.0, learning_rate=lambda step: 0.1 * step)
+    for step in range(1, 6):
+        hook(step, None, StepMetrics(step, {"loss": np.float32(1)}))
+    log.close()
+    rates = {row["step"]: row["learning_rate"] for row in log.rows}
+    assert rates == {2: pytest.approx(0.1), 4: pytest.approx(0.3), 5: pytest.approx(0.4)}
+
+
+def test_the_progress_shows_what_the_time_went_into(monkeypatch):
+    now, text = [0.0], io.StringIO()
+    monkeypatch.setattr("jaxnets.train.hooks.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    evaluation = Evaluate(lambda state: {}, None, lambda step: False)
+    show = ShowProgress(
+        3, 10, evaluation, every_s=1.0, clock=clock, mfu=lambda speed: speed / 100,
+        console=Console(file=text),
+    )  # fmt: skip
+    for step in (1, 2, 3):
+        now[0] += 2.0
+        clock.data, clock.dispatch = 0.5 * (step - 1) ** 2, 1.0 * (step - 1)
+        show(step, None, StepMetrics(step, {"loss": np.float32(1), "guard": np.int32(-1)}))
+    first, second = text.getvalue().splitlines()
+    assert "5 images/s  MFU 5.0%  data wait 33%" in first  # 0.5 of 1.5 s
+    assert "MFU 5.0%  data wait 60%" in second  # 1.5 of 2.5 s since then

@@ -1,0 +1,88 @@
+"""What a classifier says of every example, kept in the run folder for those who draw or study it."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnets.train.state import TrainState
+from jaxnets.typing import Array, Batch, Indexed
+
+
+def make_predict_step(
+    predict_fn: Callable[..., Array], *, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], dict[str, Array]]:
+    """Make `step(state, batch) -> rows`, for `jit` alone: its results are rows, not sums.
+
+    Args:
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]`.
+        axis_name: None.
+
+    Returns:
+        the step; of each row it gives "label" and "prediction", int32 `[B]`, and "probability",
+        float32 `[B]`, which is the model's of its prediction.
+    """
+    if axis_name is not None:
+        raise ValueError("predictions are rows, which no mapped axis adds up: compile them with jit")
+
+    def step(state: TrainState, batch: Batch) -> dict[str, Array]:
+        params = state.params if state.ema is None else state.ema
+        logits_BV = predict_fn(params, state.model_state, batch).astype(jnp.float32)
+        return {
+            "label": batch["label"].astype(jnp.int32),
+            "prediction": jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+            "probability": jnp.max(jax.nn.softmax(logits_BV), axis=-1),
+        }
+
+    return step
+
+
+def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> dict[str, np.ndarray]:
+    """The rows of all batches that their masks have, in order.
+
+    Args:
+        step: compiled, `step(state, batch_or_draw) -> {name: [B]}`.
+        state: read only.
+        batches: an indexable sequence of batches or draws, with masks.
+
+    Returns:
+        `{name: [M]}`.
+    """
+    parts = [(batches[i]["mask"], step(state, batches[i])) for i in range(len(batches))]
+    masks = np.concatenate([np.asarray(mask) for mask, _ in parts])
+    rows = jax.device_get([values for _, values in parts])
+    return {name: np.concatenate([part[name] for part in rows])[masks] for name in rows[0]}
+
+
+def save_predictions(
+    path: Path,
+    predictions: Mapping[str, np.ndarray],
+    *,
+    class_names: Sequence[str],
+    samples: Mapping[int, np.ndarray],
+) -> None:
+    """Write `predictions.npz`, all of it or nothing.
+
+    Args:
+        path: of the file.
+        predictions: `{name: [M]}`, as `predict` gives them.
+        class_names: one for each class, or none at all.
+        samples: some of the images `[H, W, C]`, all of one shape, by the number of their row.
+    """
+    numbers = np.asarray(list(samples), np.int64)
+    arrays = {
+        **predictions,
+        "class_names": np.asarray(class_names, np.str_),
+        "sample_index": numbers,
+        "sample_image": np.stack(list(samples.values())),
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
