@@ -18,7 +18,14 @@ NAMES = registry.names("model")
 # Deeper variants of a family: what they compute is tested on its tiny variants, once.
 DEEPER = {"resnet34", "resnet101", "resnet152"}
 every_name = pytest.mark.parametrize("name", NAMES)
-every_model = pytest.mark.parametrize("name", [name for name in NAMES if name not in DEEPER])
+every_model = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name == "resnet50" else name
+        for name in NAMES
+        if name not in DEEPER
+    ],
+)
 V, B = 5, 16  # classes, rows: two for each of eight devices
 QUICK = {"xla_backend_optimization_level": 0}
 

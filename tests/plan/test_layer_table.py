@@ -51,7 +51,9 @@ def test_by_hand(name, expected, batch):
     assert sum(row.num_params for row in rows) == {"lenet": 62_006, "convnet": 357_034}[name]
 
 
-@pytest.mark.parametrize("name", registry.names("model"))
+@pytest.mark.parametrize(
+    "name", [name for name in registry.names("model") if name not in ("resnet101", "resnet152")]
+)
 def test_nothing_is_left_out(name):
     """Layers together are the whole model, whose numbers come another way."""
     model, shape = registry.get("model", name)(), (2, 32, 32, 3)

@@ -9,7 +9,11 @@ import tiny
 from jaxnets import registry
 from jaxnets.data import Batches, load
 
-MODELS = [name for name in registry.names("model") if name in tiny.TINY]
+MODELS = [
+    pytest.param(name, marks=pytest.mark.long) if name.startswith("resnet") else name
+    for name in registry.names("model")
+    if name in tiny.TINY
+]
 # 50 steps of 16 rows from 96 examples, the last one short: shuffled epochs, padding and masks.
 FIFTY = Batches(96, 16, 50 * 16 - 5, seed=3)
 
@@ -60,7 +64,7 @@ def test_float32(name, record_property):
     "name",
     [
         pytest.param(name, marks=pytest.mark.long) if name in tiny.HAS_BATCH_STATISTICS else name
-        for name in MODELS
+        for name in tiny.TINY
     ],
 )
 def test_micro_batches_equal_the_batch(name, x64):
