@@ -66,7 +66,7 @@ class Recipe:
     eval_batch_size: int = 512
     predict_fn: "Callable[..., Any] | None" = None
     class_names: Sequence[str] = ()
-    learning_rate: Callable[[int], float] | None = None
+    learning_rate: Callable[[int], Any] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
     torch_reference: str | None = None
