@@ -1,4 +1,4 @@
-"""Image classification on CIFAR-10, MNIST, or any folder of idx files.
+"""Image classification on CIFAR-10, MNIST, or any folder of idx files or of images.
 
     python -m experiments.cifar10 train --preset tutorial
 
@@ -21,7 +21,10 @@ from jaxnets.recipe import Recipe, count_positions
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: str = "lenet"  # lenet, convnet or mlp
-    dataset: str = "cifar10"  # cifar10, mnist, digits, or a folder of idx files in the data folder
+    # cifar10, mnist, digits, or a folder in the data folder: of idx files, or of images as
+    # train/CLASS/IMAGE and test/CLASS/IMAGE, which are read as they are needed.
+    dataset: str = "cifar10"
+    image_size: int = 32  # pixels, height and width to which the images of a folder are brought
     epochs: float = 10.0  # passes over the training set
     steps: int | None = None  # in place of epochs
     batch_size: int = 128  # examples, over all devices
@@ -40,10 +43,12 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     tx = optimizer(config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
     if not 0 <= config.label_smoothing <= 1:
         raise errors.ConfigError(f"label smoothing lies in [0, 1], not {config.label_smoothing}")
-    images = data.load(config.dataset, data_dir=options.data_dir, verify=options.verify)
-    shape = images.train["image"].shape
+    images = data.open_images(
+        config.dataset, size=config.image_size, data_dir=options.data_dir, verify=options.verify
+    )
     init_fn, apply_fn = models.functional(
-        build(num_classes=images.num_classes), jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+        build(num_classes=images.num_classes),
+        jax.ShapeDtypeStruct((1, *images.image_shape), jnp.float32),
     )
 
     def loss_fn(params, model_state, batch, *, key):
@@ -77,7 +82,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         train=images.train,
         test=images.test,
         num_positions=count_positions(
-            shape[0], config.batch_size, epochs=config.epochs, steps=config.steps
+            images.num_train, config.batch_size, epochs=config.epochs, steps=config.steps
         ),
         batch_size=config.batch_size,
         accumulate=config.accumulate,
@@ -85,7 +90,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": config.model,
-            "image_shape": shape[1:],
+            "image_shape": images.image_shape,
             "num_classes": images.num_classes,
             "optimizer": config.optimizer,
             "learning_rate": config.learning_rate,
@@ -98,7 +103,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
 
 EXPERIMENT = cli.Experiment(
     name="cifar10",
-    about="Image classification on CIFAR-10, MNIST, or any folder of idx files.",
+    about="Image classification on CIFAR-10, MNIST, or any folder of idx files or of images.",
     config=Config(),
     make_recipe=make_recipe,
     presets={"tutorial": Config(epochs=2, batch_size=4, learning_rate=0.001)},

@@ -16,7 +16,8 @@ import numpy as np
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
-from jaxnets.recipe import Recipe
+from jaxnets.feed import advice, check_feed, feed, resident
+from jaxnets.recipe import Recipe, count_examples
 from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, sharding
 from jaxnets.train.evaluate import evaluate, make_eval_step
@@ -29,13 +30,14 @@ from jaxnets.version import __version__
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
 
 
-def check_recipe(recipe: Recipe, strategy: sharding.Strategy) -> None:
+def check_recipe(recipe: Recipe, strategy: sharding.Strategy, options: RunOptions | None = None) -> None:
     """Refuse what can't run, before anything is written.
 
     Raises:
-        ConfigError: if the batch doesn't divide, a number is out of range, or the model doesn't fit the
-            data.
+        ConfigError: if the batch doesn't divide, a number is out of range, the model doesn't fit the
+            data, or the data is more than may be kept on a device.
     """
+    check_feed(recipe, options or RunOptions())
     sharding.check_divides(recipe.batch_size, strategy.num_devices, recipe.accumulate)
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
@@ -53,15 +55,22 @@ def make_state(recipe: Recipe) -> Callable[[], TrainState]:
 
 
 def make_evaluator(
-    recipe: Recipe, strategy: sharding.Strategy
+    recipe: Recipe, strategy: sharding.Strategy, options: RunOptions | None = None
 ) -> Callable[[TrainState], dict[str, float | int]]:
     """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
-    size = len(next(iter(recipe.test.values())))
+    options = options or RunOptions()
+    size = count_examples(recipe.test)
     devices = strategy.num_devices
     batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
     batches = Batches(size, batch_size, size, shuffle=False)
-    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), recipe.test)
-    return lambda state: evaluate(step, state, batches)
+    arrays = resident(recipe.test, options)
+    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
+
+    def run(state: TrainState) -> dict[str, float | int]:
+        with feed(recipe.test, batches, strategy, options) as fed:
+            return evaluate(step, state, fed)
+
+    return run
 
 
 def train(
@@ -99,7 +108,7 @@ def train(
         first = int(state.step)
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
-        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy), log, schedule.is_eval_due)
+        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy, options), log, schedule.is_eval_due)
 
         def progress() -> dict[str, float]:
             return _add(spent, clock, recipe)
@@ -120,17 +129,20 @@ def train(
             coefficients=recipe.coefficients,
             accumulate=recipe.accumulate,
         )
+        arrays = resident(recipe.train, options)
+        draws = Batches(recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed)
         try:
-            with hooks.ShowProgress(num_steps, recipe.batch_size, evaluation, first=first) as show:
+            with (
+                feed(recipe.train, draws, strategy, options) as batches,
+                hooks.ShowProgress(num_steps, recipe.batch_size, evaluation, first=first) as show,
+            ):
                 writing = hooks.LogMetrics(
                     log, options.log_every, num_steps, recipe.num_examples / recipe.batch_size
                 )
                 state, reason = fit(
-                    strategy.compile_step(make_step, recipe.train),
+                    strategy.compile_step(make_step, arrays),
                     state,
-                    Batches(
-                        recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed
-                    ),
+                    batches,
                     hooks=[writing, evaluation, saving, show, stop],
                     clock=clock,
                 )
@@ -165,12 +177,15 @@ def train(
         "compile_seconds": round(totals["compile_seconds"], 3),
         "examples_per_second": round(totals["timed_examples"] / seconds, 1) if seconds else None,
         "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
+        "num_workers": options.num_workers if arrays is None else None,
         "num_devices": strategy.num_devices,
         "strategy": strategy.name,
         "device": strategy.mesh.devices.flat[0].device_kind,
         "versions": versions(),
     }
     checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    if arrays is None and (line := advice(clock, options)):
+        say(line)
     return result
 
 
