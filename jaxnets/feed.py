@@ -1,6 +1,7 @@
 """How a recipe's data reaches the step: kept on the devices, or streamed there as it is needed."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -79,5 +80,5 @@ def advice(clock: Clock, options: RunOptions) -> str | None:
         return None
     return (
         f"input is the limit: {share:.0%} of the training time went by waiting for data; try more "
-        f"--num-workers (there were {options.num_workers})"
+        f"--num-workers (there were {options.num_workers}, this machine has {os.cpu_count()} cores)"
     )

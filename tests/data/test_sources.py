@@ -43,7 +43,7 @@ def test_examples_as_bytes_and_back(example):
 
 
 def test_bytes_that_are_cut_off():
-    with pytest.raises(ValueError, match="expected|smaller"):
+    with pytest.raises(ValueError, match=r"expected|smaller"):
         decode_example(encode_example({"x": np.arange(4)})[:-1])
     with pytest.raises(ValueError, match="expected"):
         decode_example(encode_example({"x": np.arange(4)}) + b"!")
