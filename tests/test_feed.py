@@ -1,5 +1,6 @@
 """Streamed data from the command line: equal, exact on resume, and nothing is left behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -100,12 +101,14 @@ def test_the_same_run_as_with_the_data_in_memory(data, tmp_path):
 
 
 def workers_of(pid):
+    """Those of training come first: those of an evaluation were started later."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in (task / "children").read_text().split():
-            if b"jaxnets.data" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread, a child that ended
+            for child in (task / "children").read_text().split():
+                if b"jaxnets.data" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return sorted(found)
 
 
 def is_alive(pid):
@@ -128,12 +131,14 @@ def break_off(data, folder, number, *, worker):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while process.poll() is None and not (log.exists() and log.stat().st_size > size + 2000):
         time.sleep(0.01)
     workers = workers_of(process.pid)
     assert len(workers) >= 2
-    os.kill(workers[0] if worker else process.pid, number)
+    # To the whole group, as a terminal or a supervisor does.
+    (os.kill if worker else os.killpg)(workers[0] if worker else process.pid, number)
     start = time.monotonic()
     _, err = process.communicate(timeout=60)
     seconds = time.monotonic() - start

@@ -1,10 +1,10 @@
 """Reading ahead with Grain, in this process or in workers of which this is the program.
 
 A worker is a fresh Python process that imports neither JAX nor the user's program, so it starts in
-about a second, takes some 60 MB and needs no `if __name__ == "__main__"`. It gets its job by its
-standard input, sends batches through a pipe, and ends when its standard input does: the system closes
-that whenever and however the parent ends. (Grain's own workers import JAX and the main module, and
-were seen to live on for hours after a parent that died of SIGTERM or SIGKILL.)
+about a second, takes some 60 MB beside its batches and needs no `if __name__ == "__main__"`. It gets
+its job by its standard input, sends batches through a pipe, and ends when its standard input does: the
+system closes that whenever and however the parent ends. (Grain's own workers import JAX and the main
+module, and were seen to live on for hours after a parent that died of SIGTERM or SIGKILL.)
 
 Messages in the pipe: the length of a pickled header, the header, then the arrays' bytes.
 """

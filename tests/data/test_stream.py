@@ -211,7 +211,7 @@ def test_closing_frees_a_thread_that_waits():
 
 
 def test_a_stream_that_nobody_closes_ends_its_workers():
-    stream = Stream(Arrays(ARRAYS), BATCHES, num_workers=2)
+    stream = Stream(Slow(seconds=0.01), Batches(1000, 4, 40_000), num_workers=2)
     _ = stream[0]
     pids = stream.worker_pids
     assert all(map(is_alive, pids))
