@@ -1,4 +1,4 @@
-"""Image classification on CIFAR-10, MNIST, or any folder of idx files.
+"""Image classification on CIFAR-10, MNIST, or any folder of idx files or of images.
 
     python -m experiments.cifar10 train --preset tutorial
 
@@ -23,7 +23,10 @@ from jaxnets.train import augment, optim
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: str = "lenet"  # lenet, convnet, mlp, speednet, or resnet18 to resnet152
-    dataset: str = "cifar10"  # cifar10, mnist, digits, or a folder of idx files in the data folder
+    # cifar10, mnist, digits, or a folder in the data folder: of idx files, or of images as
+    # train/CLASS/IMAGE and test/CLASS/IMAGE, which are read as they are needed.
+    dataset: str = "cifar10"
+    image_size: int = 32  # pixels, height and width to which the images of a folder are brought
     epochs: float = 10.0  # passes over the training set
     steps: int | None = None  # in place of epochs
     batch_size: int = 128  # examples, over all devices
@@ -51,9 +54,10 @@ class Config:
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     build = registry.get("model", config.model)
     _check(config)
-    images = data.load(config.dataset, data_dir=options.data_dir, verify=options.verify)
-    shape = images.train["image"].shape
-    num_examples = shape[0]
+    images = data.open_images(
+        config.dataset, size=config.image_size, data_dir=options.data_dir, verify=options.verify
+    )
+    num_examples = images.num_train
     num_positions = count_positions(
         num_examples, config.batch_size, epochs=config.epochs, steps=config.steps
     )
@@ -65,7 +69,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
     init_fn, apply_fn = models.functional(
         build(num_classes=images.num_classes, dtype=dtype),
-        jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32),
+        jax.ShapeDtypeStruct((1, *images.image_shape), jnp.float32),
     )
 
     def augmented(x_BHWC, batch):
@@ -135,7 +139,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": config.model,
-            "image_shape": shape[1:],
+            "image_shape": images.image_shape,
             "num_classes": images.num_classes,
             "optimizer": config.optimizer,
             "learning_rate": config.learning_rate,
@@ -195,7 +199,7 @@ def _check(config: Config) -> None:
 
 EXPERIMENT = cli.Experiment(
     name="cifar10",
-    about="Image classification on CIFAR-10, MNIST, or any folder of idx files.",
+    about="Image classification on CIFAR-10, MNIST, or any folder of idx files or of images.",
     config=Config(),
     make_recipe=make_recipe,
     presets={"tutorial": Config(epochs=2, batch_size=4, learning_rate=0.001)},

@@ -124,7 +124,7 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
-    runner.check_recipe(recipe, strategy)
+    runner.check_recipe(recipe, strategy, options)
     values = to_json(config)
     opened = run_folder.open_run(
         folder,
@@ -167,7 +167,7 @@ def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
     if step is None:
         raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
     state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
-    print(json.dumps({"step": step, "eval": runner.make_evaluator(recipe, strategy)(state)}))
+    print(json.dumps({"step": step, "eval": runner.make_evaluator(recipe, strategy, options)(state)}))
     return 0
 
 

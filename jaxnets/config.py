@@ -35,6 +35,14 @@ class RunOptions:
     """How many devices to use; all by default."""
     jit: bool = True
     """Compile. Otherwise run eagerly on one device, for debugging."""
+    stream: bool = False
+    """Read data as it is needed, as folders of images always are, although it fits on the device."""
+    num_workers: int = 0
+    """Processes that read streamed data; 0 reads it in threads of this one."""
+    prefetch: int = 4
+    """Batches of streamed data that are read ahead."""
+    max_resident_gb: float = 4.0
+    """How much data may be kept on each device, in gigabytes."""
     log_every: int = 50
     """Steps between lines of the metrics."""
     eval_every: int = 0

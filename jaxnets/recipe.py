@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
     import numpy as np
     import optax
 
-    from jaxnets.typing import EvalFn, LossFn, WeightsFn
+    from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Recipe:
             `jaxnets.train.make_train_step` takes it.
         eval_fn: `eval_fn(params, model_state, batch) -> {name: metric}`.
         tx: the optimizer.
-        train: arrays `{name: [N, ...]}` to learn from.
-        test: arrays `{name: [M, ...]}` to evaluate on.
+        train: to learn from: arrays `{name: [N, ...]}`, or a source that is read as it is needed, with
+            `len(train)` and `train[i] -> {name: [...]}`.
+        test: to evaluate on, the same of M examples.
         num_positions: how many examples the whole run draws, over all epochs.
         batch_size: examples in a global batch.
         accumulate: micro-batches in a batch.
@@ -53,8 +54,8 @@ class Recipe:
     loss_fn: "LossFn"
     eval_fn: "EvalFn"
     tx: "optax.GradientTransformation"
-    train: "Mapping[str, np.ndarray]"
-    test: "Mapping[str, np.ndarray]"
+    train: "Mapping[str, np.ndarray] | Indexed"
+    test: "Mapping[str, np.ndarray] | Indexed"
     num_positions: int
     batch_size: int
     accumulate: int = 1
@@ -75,12 +76,30 @@ class Recipe:
     @property
     def num_examples(self) -> int:
         """N, the size of the training set."""
-        return len(next(iter(self.train.values())))
+        return count_examples(self.train)
+
+    @property
+    def train_arrays(self) -> "Mapping[str, np.ndarray]":
+        """The training set, where all of it must be in memory.
+
+        Raises:
+            ConfigError: if it is a source.
+        """
+        if isinstance(self.train, Mapping):
+            return self.train
+        raise errors.ConfigError(
+            f"{self.name} reads its data from the disk as it is needed; this needs it in memory"
+        )
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return math.ceil(self.num_positions / self.batch_size)
+
+
+def count_examples(data: "Mapping[str, np.ndarray] | Indexed") -> int:
+    """N, the examples in arrays or in a source."""
+    return len(next(iter(data.values()))) if isinstance(data, Mapping) else len(data)
 
 
 def count_positions(

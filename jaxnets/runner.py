@@ -16,7 +16,8 @@ import numpy as np
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
-from jaxnets.recipe import Recipe
+from jaxnets.feed import advice, check_feed, feed, resident
+from jaxnets.recipe import Recipe, count_examples
 from jaxnets.report import draw_curves, draw_predictions
 from jaxnets.train import checkpoint, hooks, sharding
 from jaxnets.train.evaluate import evaluate, make_eval_step
@@ -33,13 +34,14 @@ _NUM_SAMPLES = 48  # test images that are drawn
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
 
 
-def check_recipe(recipe: Recipe, strategy: sharding.Strategy) -> None:
+def check_recipe(recipe: Recipe, strategy: sharding.Strategy, options: RunOptions | None = None) -> None:
     """Refuse what can't run, before anything is written.
 
     Raises:
-        ConfigError: if the batch doesn't divide, a number is out of range, or the model doesn't fit the
-            data.
+        ConfigError: if the batch doesn't divide, a number is out of range, the model doesn't fit the
+            data, or the data is more than may be kept on a device.
     """
+    check_feed(recipe, options or RunOptions())
     sharding.check_divides(recipe.batch_size, strategy.num_devices, recipe.accumulate)
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
@@ -62,12 +64,19 @@ def make_state(recipe: Recipe) -> Callable[[], TrainState]:
 
 
 def make_evaluator(
-    recipe: Recipe, strategy: sharding.Strategy
+    recipe: Recipe, strategy: sharding.Strategy, options: RunOptions | None = None
 ) -> Callable[[TrainState], dict[str, float | int]]:
     """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
+    options = options or RunOptions()
     batches = _test_batches(recipe, strategy)
-    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), recipe.test)
-    return lambda state: evaluate(step, state, batches)
+    arrays = resident(recipe.test, options)
+    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
+
+    def run(state: TrainState) -> dict[str, float | int]:
+        with feed(recipe.test, batches, strategy, options) as fed:
+            return evaluate(step, state, fed)
+
+    return run
 
 
 def make_usage(recipe: Recipe, strategy: sharding.Strategy) -> Usage:
@@ -75,33 +84,43 @@ def make_usage(recipe: Recipe, strategy: sharding.Strategy) -> Usage:
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
     batch = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
-    for name, x in recipe.train.items():
-        batch[name] = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+    for name, x in _row(recipe.train, 0).items():
+        batch[name] = jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
     state = jax.eval_shape(make_state(recipe))
     return usage_of(recipe.loss_fn, state, batch, list(strategy.mesh.devices.flat))
 
 
 def keep_predictions(
-    folder: Path, recipe: Recipe, strategy: sharding.Strategy, state: TrainState
+    folder: Path,
+    recipe: Recipe,
+    strategy: sharding.Strategy,
+    options: RunOptions,
+    state: TrainState,
 ) -> None:
     """Write what a classifier of images says of the test set, and draw it."""
     if recipe.predict_fn is None:
         return
-    step = dataclasses.replace(strategy, name="jit").compile_eval(
-        partial(make_predict_step, recipe.predict_fn), recipe.test
+    where = dataclasses.replace(strategy, name="jit")
+    step = where.compile_eval(
+        partial(make_predict_step, recipe.predict_fn), resident(recipe.test, options)
     )
-    predictions = predict(step, state, _test_batches(recipe, strategy))
+    with feed(recipe.test, _test_batches(recipe, strategy), where, options) as batches:
+        predictions = predict(step, state, batches)
     size = len(predictions["label"])
     shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
-    samples = {i: recipe.test["image"][i] for i in shown}
+    samples = {i: _row(recipe.test, i)["image"] for i in shown}
     save_predictions(
         folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
     )
     draw_predictions(folder)
 
 
+def _row(data: Any, i: int) -> Mapping[str, Any]:
+    return {name: x[i] for name, x in data.items()} if isinstance(data, Mapping) else data[i]
+
+
 def _test_batches(recipe: Recipe, strategy: sharding.Strategy) -> Batches:
-    size = len(next(iter(recipe.test.values())))
+    size = count_examples(recipe.test)
     devices = strategy.num_devices
     batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
     return Batches(size, batch_size, size, shuffle=False)
@@ -142,7 +161,7 @@ def train(
         first = int(state.step)
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
-        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy), log, schedule.is_eval_due)
+        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy, options), log, schedule.is_eval_due)
         early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
 
         def progress() -> dict[str, float]:
@@ -166,10 +185,15 @@ def train(
             ema_decay=recipe.ema_decay,
         )
         usage = make_usage(recipe, strategy)
+        arrays = resident(recipe.train, options)
+        draws = Batches(recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed)
         try:
-            with hooks.ShowProgress(
-                num_steps, recipe.batch_size, evaluation, first=first, clock=clock, mfu=usage.mfu
-            ) as show:
+            with (
+                feed(recipe.train, draws, strategy, options) as batches,
+                hooks.ShowProgress(
+                    num_steps, recipe.batch_size, evaluation, first=first, clock=clock, mfu=usage.mfu
+                ) as show,
+            ):
                 writing = hooks.LogMetrics(
                     log,
                     options.log_every,
@@ -180,14 +204,9 @@ def train(
                 reason = None
                 if not early.is_over():  # or the run ended here before
                     state, reason = fit(
-                        ShapeGuard(strategy.compile_step(make_step, recipe.train)),
+                        ShapeGuard(strategy.compile_step(make_step, arrays)),
                         state,
-                        Batches(
-                            recipe.num_examples,
-                            recipe.batch_size,
-                            recipe.num_positions,
-                            seed=recipe.seed,
-                        ),
+                        batches,
                         hooks=[writing, evaluation, saving, show, early, stop],
                         clock=clock,
                     )
@@ -208,7 +227,7 @@ def train(
         finally:
             log.close()
         draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
-        keep_predictions(folder, recipe, strategy, state)
+        keep_predictions(folder, recipe, strategy, options, state)
         best = checkpoints.best()
     path = folder / "result.json"
     if first == last and path.exists():  # nothing was trained: what it says was measured then
@@ -231,12 +250,15 @@ def train(
         "flops_per_example": round(usage.flops_per_example),
         "peak_flops": None if usage.peak is None else round(usage.peak),
         "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
+        "num_workers": options.num_workers if arrays is None else None,
         "num_devices": strategy.num_devices,
         "strategy": strategy.name,
         "device": strategy.mesh.devices.flat[0].device_kind,
         "versions": versions(),
     }
     checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    if arrays is None and (line := advice(clock, options)):
+        say(line)
     return result
 
 

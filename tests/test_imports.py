@@ -28,6 +28,7 @@ ROWS = {
     "jaxnets.data": 3,
     "jaxnets.report": 3,
     "jaxnets.train": 4,
+    "jaxnets.feed": 4.5,
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,

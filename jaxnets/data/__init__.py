@@ -7,4 +7,12 @@ from jaxnets.data.buckets import pad_batch as pad_batch
 from jaxnets.data.buckets import pad_to as pad_to
 from jaxnets.data.datasets import Dataset as Dataset
 from jaxnets.data.datasets import load as load
+from jaxnets.data.image_folder import ImageFolder as ImageFolder
+from jaxnets.data.image_folder import ImageFolders as ImageFolders
+from jaxnets.data.image_folder import open_images as open_images
 from jaxnets.data.order import index as index
+from jaxnets.data.sources import ArrayRecords as ArrayRecords
+from jaxnets.data.sources import Arrays as Arrays
+from jaxnets.data.sources import Source as Source
+from jaxnets.data.sources import write_array_records as write_array_records
+from jaxnets.data.stream import Stream as Stream

@@ -67,6 +67,16 @@ class Dataset:
         """How many classes there are."""
         return len(self.class_names)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width, channels."""
+        return self.train["image"].shape[1:]
+
+    @property
+    def num_train(self) -> int:
+        """How many images there are to learn from."""
+        return len(self.train["image"])
+
 
 def load(
     name: str,
@@ -186,5 +196,7 @@ def _load_folder(name: str, folder: Path, registered: list[str], verify: str) ->
     if idx.is_idx_folder(folder / name):
         return idx.load_idx_folder(folder / name, verify=verify)
     beside = folder.iterdir() if folder.is_dir() else ()
-    others = [path.name for path in beside if idx.is_idx_folder(path)]
+    others = [path.name for path in beside if idx.is_idx_folder(path) or (path / "train").is_dir()]
+    if name in others:
+        raise errors.ConfigError(f"{name} is a folder of image files: use data.open_images")
     raise errors.unknown("dataset", name, {*registered, *others})

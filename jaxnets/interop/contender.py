@@ -157,7 +157,7 @@ def make_starters(
     variables = initial_variables(recipe)
     _save(folder / "linen.npz", flatten(variables))
     _save(folder / "torch.npz", to_torch(reference.weights, variables))
-    _save(folder / "train.npz", recipe.train)
+    _save(folder / "train.npz", recipe.train_arrays)
     jax_spec = {
         "module": module,
         "config": to_json(config),

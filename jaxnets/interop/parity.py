@@ -67,7 +67,7 @@ def check_parity(
     exact = None
     for dtype, bound in BOUNDS.items():
         ours = run_jax(recipe, variables, draws, dtype)
-        theirs = run_torch(reference, recipe.train, variables, draws, dtype)
+        theirs = run_torch(reference, recipe.train_arrays, variables, draws, dtype)
         report[dtype] = stages = compare_records(ours, theirs, dtype, bound, exact=exact)
         report["dropout_rates"] = ours.dropout_rates
         exact = theirs

@@ -84,7 +84,7 @@ def run_jax(
     ):
         cast = jax.tree.map(lambda x: x.astype(dtype), dict(variables))
         params, model_state = cast.pop("params"), cast
-        first = take(recipe.train, draws[0])
+        first = take(recipe.train_arrays, draws[0])
         key = jax.random.key(recipe.seed)
         outputs, rates = _layer_outputs(
             lambda batch: recipe.loss_fn(params, model_state, batch, key=key), first
@@ -98,7 +98,7 @@ def run_jax(
                 weights_fn=recipe.weights_fn,
                 coefficients=recipe.coefficients,
             ),
-            recipe.train,
+            recipe.train_arrays,
         )
         losses, snapshots, grads = [], [], {}
         for i, draw in enumerate(draws):

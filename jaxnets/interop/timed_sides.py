@@ -60,7 +60,7 @@ class JaxSide:
             weights_fn=recipe.weights_fn,
             coefficients=recipe.coefficients,
         )
-        self.step_fn = strategy.compile_step(make_step, recipe.train)
+        self.step_fn = strategy.compile_step(make_step, recipe.train_arrays)
         self.batches = Batches(recipe.num_examples, recipe.batch_size, _ENDLESS, seed=recipe.seed)
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.state.params)}
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,6 +11,8 @@ from jaxnets.ops.partition import data_axis, data_sum
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Batch, EvalFn, Indexed, PyTree
 
+_IN_FLIGHT = 4  # batches
+
 
 def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable[..., PyTree]:
     """Make `step(state, batch) -> sums` over the global batch.
@@ -49,7 +51,11 @@ def evaluate(
     Returns:
         each metric's value, and "count", the number of examples.
     """
-    parts = [eval_step(state, batches[i]) for i in range(len(batches))]
+    parts = []
+    for i in range(len(batches)):
+        parts.append(eval_step(state, batches[i]))
+        if i >= _IN_FLIGHT:  # or batches would pile up on the device
+            jax.block_until_ready(parts[i - _IN_FLIGHT])
 
     def add(*leaves: Any) -> np.ndarray:
         stacked = np.stack([np.asarray(leaf) for leaf in leaves])

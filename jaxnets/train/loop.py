@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxnets import errors
 from jaxnets.train.state import TrainState
@@ -58,8 +59,9 @@ class StepMetrics:
         loss, norm = (float(self._values[name]) for name in ("loss", "grad_norm"))
         which = ""
         if self._index is not None and guard == self.step - 1:
-            shown = ", ".join(str(i) for i in self._index[:8])
-            which = f"; its batch has the examples {shown}{', ...' if len(self._index) > 8 else ''}"
+            index = np.ravel(self._index)  # in the devices' parts, where pmap has cut it
+            shown = ", ".join(str(i) for i in index[:8])
+            which = f"; its batch has the examples {shown}{', ...' if len(index) > 8 else ''}"
         raise errors.NonFiniteError(
             f"step {guard + 1} was not applied: its loss is {loss:.6g} and the norm of its gradients "
             f"{norm:.6g}{which}; try a lower learning rate"

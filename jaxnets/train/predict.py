@@ -52,7 +52,10 @@ def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> di
     Returns:
         `{name: [M]}`.
     """
-    parts = [(batches[i]["mask"], step(state, batches[i])) for i in range(len(batches))]
+    parts = []
+    for i in range(len(batches)):
+        batch = batches[i]
+        parts.append((batch["mask"], step(state, batch)))
     masks = np.concatenate([np.asarray(mask) for mask, _ in parts])
     rows = jax.device_get([values for _, values in parts])
     return {name: np.concatenate([part[name] for part in rows])[masks] for name in rows[0]}

@@ -112,6 +112,17 @@ class Strategy:
         """Put a copy of every array on each device."""
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
+    def put_batch(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Spread a batch over the devices as the compiled step takes it; the copying goes on behind.
+
+        Args:
+            batch: `{name: [B, ...]}`, on the host and not to be changed after this.
+        """
+        rows = NamedSharding(self.mesh, P(AXIS))
+        if self.name == "pmap":
+            return _Split(jax.device_put({name: self._split(x) for name, x in batch.items()}, rows))
+        return jax.device_put(dict(batch), rows)
+
     def init(self, make_state: Callable[[], PyTree]) -> PyTree:
         """Make the state where it belongs; no device ever holds more than its part."""
         shardings = shard_by_rules(jax.eval_shape(make_state), self.rules, self.mesh)
@@ -192,8 +203,9 @@ class Strategy:
             )
 
             def run_mapped(state: PyTree, draw: Mapping[str, Any]):
-                parts = {name: self._split(x) for name, x in draw.items()}
-                return mapped(state, resident, parts)
+                if not isinstance(draw, _Split):
+                    draw = {name: self._split(x) for name, x in draw.items()}
+                return mapped(state, resident, dict(draw))
 
             return run_mapped
         jitted = jax.jit(body, donate_argnums=donated, in_shardings=(None, None, rows))
@@ -205,6 +217,10 @@ class Strategy:
 
     def _split(self, x: Any) -> Any:
         return np.reshape(np.asarray(x), (self.num_devices, -1, *np.shape(x)[1:]))
+
+
+class _Split(dict):
+    """A batch that is cut into the devices' parts already."""
 
 
 def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Array]:

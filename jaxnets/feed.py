@@ -1,0 +1,84 @@
+"""How a recipe's data reaches the step: kept on the devices, or streamed there as it is needed."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from jaxnets import errors
+from jaxnets.config import RunOptions
+from jaxnets.data import Arrays, Batches, Stream
+from jaxnets.recipe import Recipe
+from jaxnets.train.loop import Clock
+from jaxnets.train.prefetch import Prefetch
+from jaxnets.train.sharding import Strategy
+from jaxnets.typing import Indexed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_ON_DEVICE = 2  # batches, at most, that wait there for their step
+_MUCH_WAITING = 0.1  # of the training time
+
+
+def resident(
+    data: "Mapping[str, np.ndarray] | Indexed", options: RunOptions
+) -> "Mapping[str, np.ndarray] | None":
+    """The arrays to keep on the devices; None if the data is streamed.
+
+    That is what `Strategy.compile_step` and `compile_eval` take beside the step.
+    """
+    return data if isinstance(data, Mapping) and not options.stream else None
+
+
+def check_feed(recipe: Recipe, options: RunOptions) -> None:
+    """Refuse options that can't be, and more data than may be kept on a device.
+
+    Raises:
+        ConfigError: if so.
+    """
+    for name in ("num_workers", "prefetch"):
+        if getattr(options, name) < 0:
+            raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 0")
+    parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]
+    size = sum(array.nbytes for part in parts for array in part.values()) / 1e9
+    if size > options.max_resident_gb:
+        raise errors.ConfigError(
+            f"the data takes {size:.3g} GB of each device, more than the {options.max_resident_gb:g} GB "
+            "that may be kept there: use --stream, or a higher --max-resident-gb"
+        )
+
+
+@contextlib.contextmanager
+def feed(
+    data: "Mapping[str, np.ndarray] | Indexed",
+    draws: Batches,
+    strategy: Strategy,
+    options: RunOptions,
+) -> Iterator[Indexed]:
+    """What the loop draws from: the draws alone for resident data, otherwise batches on the devices.
+
+    Args:
+        data: arrays `{name: [N, ...]}` or a source.
+        draws: which examples each batch holds.
+        strategy: on which devices.
+        options: `stream`, `num_workers` and `prefetch` count.
+    """
+    if resident(data, options) is not None:
+        yield draws
+        return
+    source = Arrays(data) if isinstance(data, Mapping) else data
+    stream = Stream(source, draws, num_workers=options.num_workers, prefetch=options.prefetch)
+    with Prefetch(stream, strategy.put_batch, depth=min(options.prefetch, _ON_DEVICE)) as batches:
+        yield batches
+
+
+def advice(clock: Clock, options: RunOptions) -> str | None:
+    """What to do about waiting for streamed data; None if there was little of it."""
+    share = clock.data_wait_share
+    if share <= _MUCH_WAITING:
+        return None
+    return (
+        f"input is the limit: {share:.0%} of the training time went by waiting for data; try more "
+        f"--num-workers (there were {options.num_workers}, this machine has {os.cpu_count()} cores)"
+    )
