@@ -233,3 +233,14 @@ def test_a_table_that_loses_bits_is_found():
     parity.check_round_trip(table, {"params": {"x": np.array([1.0])}})
     with pytest.raises(errors.ParityError, match="params/x does not come back"):
         parity.check_round_trip(table, {"params": {"x": np.array([-0.0])}})
+
+
+@pytest.mark.long
+@pytest.mark.parity
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "speednet"])
+def test_large_networks_agree_with_pytorch(model):
+    made = tiny.recipe(model, image_shape=(17, 18, 3), learning_rate=0.01, weight_decay=0.001)
+    report = parity.check_parity(made, load(made), num_steps=5)
+    for dtype, bound in (("float64", 1e-9), ("float32", 1e-4)):
+        for stage in ("outputs", "loss", "running statistics after 1 step"):
+            assert 0 < report[dtype][stage]["error"] <= bound, (dtype, stage)
