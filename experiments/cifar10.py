@@ -53,6 +53,7 @@ class Config:
 
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     build = registry.get("model", config.model)
+    optimizer = registry.get("optimizer", config.optimizer)
     _check(config)
     images = data.open_images(
         config.dataset, size=config.image_size, data_dir=options.data_dir, verify=options.verify
@@ -65,7 +66,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     schedule = train.make_schedule(
         config.schedule, config.learning_rate, num_steps, warmup=config.warmup
     )
-    tx = make_optimizer(config, schedule)
+    tx = make_optimizer(config, optimizer, schedule)
     dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
     init_fn, apply_fn = models.functional(
         build(num_classes=images.num_classes, dtype=dtype),
@@ -170,8 +171,7 @@ _ONLY_HERE = (
 )
 
 
-def make_optimizer(config: Config, schedule) -> optax.GradientTransformation:
-    optimizer = registry.get("optimizer", config.optimizer)
+def make_optimizer(config: Config, optimizer, schedule) -> optax.GradientTransformation:
     tx = optimizer(
         config.learning_rate if config.schedule == "constant" and not config.warmup else schedule,
         momentum=config.momentum,
@@ -192,6 +192,8 @@ def _check(config: Config) -> None:
         raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise errors.ConfigError(f"ema_decay lies in [0, 1), not {config.ema_decay}")
+    if config.schedule not in train.SCHEDULES:
+        raise errors.unknown("schedule", config.schedule, train.SCHEDULES)
     for name in ("crop", "cutout", "patience"):
         if getattr(config, name) < 0:
             raise errors.ConfigError(f"{name} must be at least 0, not {getattr(config, name)}")

@@ -43,6 +43,8 @@ class RunOptions:
     """Batches of streamed data that are read ahead."""
     max_resident_gb: float = 4.0
     """How much data may be kept on each device, in gigabytes."""
+    pictures: bool = True
+    """Draw confusion.png and samples.png after training; curves.png is always drawn."""
     log_every: int = 50
     """Steps between lines of the metrics."""
     eval_every: int = 0

@@ -227,7 +227,8 @@ def train(
         finally:
             log.close()
         draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
-        keep_predictions(folder, recipe, strategy, options, state)
+        if options.pictures:
+            keep_predictions(folder, recipe, strategy, options, state)
         best = checkpoints.best()
     path = folder / "result.json"
     if first == last and path.exists():  # nothing was trained: what it says was measured then

@@ -15,7 +15,7 @@ import pytest
 from experiments import cifar10, digits
 from jaxnets import cli, data, registry, runner
 
-SMALL = ["--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
+SMALL = ["--no-pictures", "--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,8 @@ def files_below(folder):
 
 
 def test_a_run_folder_has_everything(tmp_path, capsys):
-    assert cifar("train", *SMALL, "--epochs", "2", "--strategy", "pmap", "--num-devices", "4") == 0
+    words = [*SMALL[1:], "--epochs", "2", "--strategy", "pmap", "--num-devices", "4"]
+    assert cifar("train", *words) == 0
     folder = tmp_path / "runs" / "cifar10"
     out, err = capsys.readouterr()
     assert "test accuracy 0." in out

@@ -149,6 +149,7 @@ def break_off(data, folder, number, *, worker):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_run_that_was_broken_off_goes_on_exactly(data, train, tmp_path):
     """By a killed worker, and by a kill of itself; then to the end with another number of workers."""
     broken = tmp_path / "broken"

@@ -23,7 +23,17 @@ ROOT = Path(cifar10.__file__).parents[1]
 CONFIG = cifar10.Config(
     dataset="noise", model="convnet", optimizer="adam", learning_rate=0.001, batch_size=24
 )
-OPTIONS = ["--log-every", "1", "--eval-every", "8", "--checkpoint-every", "2", "--num-devices", "1"]
+OPTIONS = [
+    "--no-pictures",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "8",
+    "--checkpoint-every",
+    "2",
+    "--num-devices",
+    "1",
+]
 
 
 def write_data(folder):

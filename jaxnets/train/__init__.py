@@ -8,6 +8,7 @@ from jaxnets.train.loop import StepMetrics as StepMetrics
 from jaxnets.train.loop import fit as fit
 from jaxnets.train.metrics_log import MetricsLog as MetricsLog
 from jaxnets.train.prefetch import Prefetch as Prefetch
+from jaxnets.train.schedule import SCHEDULES as SCHEDULES
 from jaxnets.train.schedule import make_schedule as make_schedule
 from jaxnets.train.shapes import ShapeGuard as ShapeGuard
 from jaxnets.train.sharding import Strategy as Strategy

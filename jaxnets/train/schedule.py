@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets import errors
 from jaxnets.typing import Array
@@ -13,7 +15,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 def make_schedule(
     name: str, peak: float, num_steps: int, *, warmup: float = 0.0, end: float = 0.0
-) -> Callable[[Array | int], Array]:
+) -> Callable[[Array | int], Any]:
     """A learning rate that rises to its peak in a straight line and then falls.
 
     The rate depends on the step's number alone, so a run that is resumed goes on with it exactly.
@@ -49,13 +51,14 @@ def make_schedule(
     rise = warmup * num_steps
 
     def schedule(step: Array | int) -> Array:
-        t = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((t - rise) / max(num_steps - rise, 1e-9), 0, 1)
+        # Of a number, for the record, in float64; of an array, in the step, in float32.
+        xp, t = (jnp, step.astype(jnp.float32)) if isinstance(step, Array) else (np, np.float64(step))
+        done = xp.clip((t - rise) / max(num_steps - rise, 1e-9), 0, 1)
         if name == "constant":
-            left = jnp.ones_like(done)
+            left = xp.ones_like(done)
         else:
-            left = 1 - done if name == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * done))
+            left = 1 - done if name == "linear" else 0.5 * (1 + xp.cos(xp.pi * done))
             left = end + (1 - end) * left
-        return peak * (jnp.minimum(t / rise, left) if rise else left)
+        return peak * (xp.minimum(t / rise, left) if rise else left)
 
     return schedule
