@@ -32,7 +32,13 @@ def test_float64_after_50_steps(name, x64):
         np.testing.assert_allclose(others, losses, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("lenet", "mlp") else pytest.param(name, marks=pytest.mark.long)
+        for name in tiny.TINY
+    ],
+)
 def test_float32(name):
     """After one step for every model; after 50 for those without batch statistics.
 

@@ -80,6 +80,6 @@ def test_an_average_needs_both_ends():
     for decay, use_ema in ((0.9, False), (None, True)):
         state = create_state(init_fn, tx, key=jax.random.key(0), use_ema=use_ema)
         with pytest.raises(ValueError, match="ema_decay"):
-            make_train_step(loss_fn, tx, ema_decay=decay)(state, batch)
+            jax.eval_shape(make_train_step(loss_fn, tx, ema_decay=decay), state, batch)
     with pytest.raises(ValueError, match="lies in"):
         make_train_step(loss_fn, tx, ema_decay=1.0)
