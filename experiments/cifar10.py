@@ -3,8 +3,8 @@
     python -m experiments.cifar10 train --preset tutorial
 
 The tutorial that this library comes from trains LeNet at batch 4 for two epochs and claims 85 %. Two
-cores of an AMD EPYC (Zen 5) train it for 30 to 34 s and reach 54.8 % (98 of the 60,000 images
-substituted).
+cores of an AMD EPYC (Zen 5) train it in 40 s, busy as they were, and reach 54.3 % (98 of the 60,000
+images substituted).
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
         for file in getattr(arguments, "plugin", ()):
             registry.load_file(file)
         run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

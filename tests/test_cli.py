@@ -387,3 +387,13 @@ def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ShapeGuard", Recorded)
     assert cifar("train", *SMALL, "--epochs", "0.1", "--num-devices", "1") == 0
     assert [guard.num_signatures for guard in guards] == [1]
+
+
+def test_a_reader_that_has_had_enough():
+    python = f"{sys.executable} -m jaxnets list"
+    for _ in range(3):
+        ran = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {python} | head -1"], capture_output=True, text=True
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert ran.stdout.startswith("model")
