@@ -58,6 +58,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     images = data.open_images(
         config.dataset, size=config.image_size, data_dir=options.data_dir, verify=options.verify
     )
+    if config.crop >= min(images.image_shape[:2]):
+        raise errors.ConfigError(f"crop {config.crop} is not less than the image, {images.image_shape}")
     num_examples = images.num_train
     num_positions = count_positions(
         num_examples, config.batch_size, epochs=config.epochs, steps=config.steps
@@ -163,6 +165,7 @@ _ONLY_HERE = (
     "warmup",
     "decay_biases",
     "clip_norm",
+    "ema_decay",
     "freeze",
     "crop",
     "flip",

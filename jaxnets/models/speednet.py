@@ -1,8 +1,8 @@
 """SpeedNet: a small network for high accuracy on small images in few epochs.
 
 In the manner of the published speed records on CIFAR-10 (Page 2019, "How to train your ResNet";
-Jordan 2024, arXiv 2404.00498): a fixed first layer that whitens patches, three stages of two wide
-convolutions, GELU, batch normalisation without a scale, and one maximum over what is left of the
+Jordan 2024, arXiv 2404.00498): a first layer that `whiten_params` can set to whiten patches, three
+stages of two wide convolutions, GELU, batch normalisation without a scale, and one maximum over the
 image. It differs from those in being written for any image size.
 """
 

@@ -136,11 +136,13 @@ class StopEarly:
 
     def is_over(self) -> bool:
         """Whether patience has run out."""
+        if not self.patience:
+            return False
         name = f"eval/{self.monitor}"
         worst = -math.inf if self.maximize else math.inf
         found = [row[name] for row in self.log.rows if name in row]
         values = [worst if value is None else value for value in found]
-        if not self.patience or not values:
+        if not values:
             return False
         best = values.index((max if self.maximize else min)(values))  # the first of equal ones
         return len(values) - 1 - best >= self.patience

@@ -207,6 +207,11 @@ def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.G
         ConfigError: when the state is made, if a pattern is found in no path, or nothing is left to
             learn.
     """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
 
     def label(params: Params) -> PyTree:
         paths = jax.tree_util.tree_map_with_path(

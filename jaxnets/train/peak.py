@@ -1,6 +1,7 @@
 """What the devices could do at most, in floating-point operations a second."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _PEAKS = (
     ("TPU v6e", 918e12),
     ("B200", 2250e12),
     ("H200", 989e12),
+    ("GH200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
@@ -98,7 +100,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     first = devices[0]
     if first.platform == "cpu":
         return _measured(first)
-    peak = next((peak for name, peak in _PEAKS if name in first.device_kind), None)
+    peak = next((peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", first.device_kind)), None)
     return None if peak is None else peak * len(devices)
 
 

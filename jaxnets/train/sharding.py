@@ -237,6 +237,13 @@ class _Split(dict):
     """A batch that is cut into the devices' parts already."""
 
 
+jax.tree_util.register_pytree_node(  # JAX takes a subclass of dict for a leaf
+    _Split,
+    lambda split: (tuple(split[name] for name in sorted(split)), tuple(sorted(split))),
+    lambda names, leaves: _Split(zip(names, leaves, strict=True)),
+)
+
+
 def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Array]:
     """The batch that a draw names: the rows of every array, and the draw itself."""
     return {name: jnp.take(x, draw["index"], axis=0) for name, x in arrays.items()} | dict(draw)
