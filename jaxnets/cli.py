@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxnets import errors, registry, runner
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
+from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
 from jaxnets.train import checkpoint, hooks, run_folder, sharding
 
@@ -119,7 +120,7 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
 
 
 def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
-    for name in ("log_every", "eval_every", "checkpoint_every"):
+    for name in ("log_every", "eval_every", "checkpoint_every", "profile_steps"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     strategy = _strategy(options)
@@ -167,7 +168,7 @@ def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
     if step is None:
         raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
     state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
-    print(json.dumps({"step": step, "eval": runner.make_evaluator(recipe, strategy, options)(state)}))
+    print(json.dumps({"step": step, "eval": make_evaluator(recipe, strategy, options)(state)}))
     return 0
 
 

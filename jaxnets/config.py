@@ -43,6 +43,8 @@ class RunOptions:
     """Batches of streamed data that are read ahead."""
     max_resident_gb: float = 4.0
     """How much data may be kept on each device, in gigabytes."""
+    profile_steps: int = 0
+    """Steps to record in the folder `profile`, from the third on, for TensorBoard or Perfetto."""
     pictures: bool = True
     """Draw confusion.png and samples.png after training; curves.png is always drawn."""
     log_every: int = 50

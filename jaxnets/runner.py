@@ -16,21 +16,19 @@ import numpy as np
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
+from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
 from jaxnets.feed import advice, check_feed, feed, resident
-from jaxnets.recipe import Recipe, count_examples
-from jaxnets.report import draw_curves, draw_predictions
+from jaxnets.recipe import Recipe
+from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, sharding
-from jaxnets.train.evaluate import evaluate, make_eval_step
 from jaxnets.train.loop import Clock, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, usage_of
-from jaxnets.train.predict import make_predict_step, predict, save_predictions
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
 from jaxnets.version import __version__
 
-_NUM_SAMPLES = 48  # test images that are drawn
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
 
 
@@ -63,67 +61,15 @@ def make_state(recipe: Recipe) -> Callable[[], TrainState]:
     )
 
 
-def make_evaluator(
-    recipe: Recipe, strategy: sharding.Strategy, options: RunOptions | None = None
-) -> Callable[[TrainState], dict[str, float | int]]:
-    """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
-    options = options or RunOptions()
-    batches = _test_batches(recipe, strategy)
-    arrays = resident(recipe.test, options)
-    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
-
-    def run(state: TrainState) -> dict[str, float | int]:
-        with feed(recipe.test, batches, strategy, options) as fed:
-            return evaluate(step, state, fed)
-
-    return run
-
-
 def make_usage(recipe: Recipe, strategy: sharding.Strategy) -> Usage:
     """What the model's training asks of the devices, and what they could do; in 0.2 to 0.3 s."""
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
     batch = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
-    for name, x in _row(recipe.train, 0).items():
+    for name, x in row_of(recipe.train, 0).items():
         batch[name] = jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
     state = jax.eval_shape(make_state(recipe))
     return usage_of(recipe.loss_fn, state, batch, list(strategy.mesh.devices.flat))
-
-
-def keep_predictions(
-    folder: Path,
-    recipe: Recipe,
-    strategy: sharding.Strategy,
-    options: RunOptions,
-    state: TrainState,
-) -> None:
-    """Write what a classifier of images says of the test set, and draw it."""
-    if recipe.predict_fn is None:
-        return
-    where = dataclasses.replace(strategy, name="jit")
-    step = where.compile_eval(
-        partial(make_predict_step, recipe.predict_fn), resident(recipe.test, options)
-    )
-    with feed(recipe.test, _test_batches(recipe, strategy), where, options) as batches:
-        predictions = predict(step, state, batches)
-    size = len(predictions["label"])
-    shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
-    samples = {i: _row(recipe.test, i)["image"] for i in shown}
-    save_predictions(
-        folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
-    )
-    draw_predictions(folder)
-
-
-def _row(data: Any, i: int) -> Mapping[str, Any]:
-    return {name: x[i] for name, x in data.items()} if isinstance(data, Mapping) else data[i]
-
-
-def _test_batches(recipe: Recipe, strategy: sharding.Strategy) -> Batches:
-    size = count_examples(recipe.test)
-    devices = strategy.num_devices
-    batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
-    return Batches(size, batch_size, size, shuffle=False)
 
 
 def train(
@@ -157,6 +103,7 @@ def train(
     clock = Clock()
     with checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize) as checkpoints:
         state, spent = _start(checkpoints, recipe, strategy, folder)
+        usage = make_usage(recipe, strategy)  # traces the loss, before anything is written
         on_start()
         first = int(state.step)
         log = MetricsLog(folder, step=first)
@@ -184,7 +131,6 @@ def train(
             accumulate=recipe.accumulate,
             ema_decay=recipe.ema_decay,
         )
-        usage = make_usage(recipe, strategy)
         arrays = resident(recipe.train, options)
         draws = Batches(recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed)
         try:
@@ -193,6 +139,7 @@ def train(
                 hooks.ShowProgress(
                     num_steps, recipe.batch_size, evaluation, first=first, clock=clock, mfu=usage.mfu
                 ) as show,
+                hooks.Profile(folder / "profile", first + 2, options.profile_steps) as profile,
             ):
                 writing = hooks.LogMetrics(
                     log,
@@ -207,7 +154,7 @@ def train(
                         ShapeGuard(strategy.compile_step(make_step, arrays)),
                         state,
                         batches,
-                        hooks=[writing, evaluation, saving, show, early, stop],
+                        hooks=[writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
                     )
             last = int(state.step)
@@ -226,14 +173,12 @@ def train(
             checkpoints.wait()
         finally:
             log.close()
-        draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
-        if options.pictures:
-            keep_predictions(folder, recipe, strategy, options, state)
         best = checkpoints.best()
     path = folder / "result.json"
+    old = None
     if first == last and path.exists():  # nothing was trained: what it says was measured then
         with contextlib.suppress(ValueError):
-            return json.loads(path.read_text())
+            old = json.loads(path.read_text())
     totals = progress()
     seconds = totals["train_seconds"]
     speed = totals["timed_examples"] / seconds if seconds else None
@@ -257,7 +202,12 @@ def train(
         "device": strategy.mesh.devices.flat[0].device_kind,
         "versions": versions(),
     }
+    result = old or result
     checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    # After the result, which a failing picture must not cost.
+    draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
+    if options.pictures:
+        keep_predictions(folder, recipe, strategy, options, state)
     if arrays is None and (line := advice(clock, options)):
         say(line)
     return result

@@ -29,6 +29,7 @@ ROWS = {
     "jaxnets.report": 3,
     "jaxnets.train": 4,
     "jaxnets.feed": 4.5,
+    "jaxnets.evaluation": 4.7,
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,

@@ -95,6 +95,9 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         (["--ema-decay", "1"], "ema_decay lies in"),
         (["--clip-norm", "0"], "finite norm above 0"),
         (["--freeze", "nothing"], "nothing to freeze"),
+        (["--freeze", "*norm"], "is no regular expression"),
+        (["--crop", "32"], "is not less than the image"),
+        (["--profile-steps", "-1"], "profile_steps is -1"),
         (["--warmup", "1"], "warmup"),
     ],
 )
@@ -122,3 +125,22 @@ def test_the_duel_refuses_parts_that_its_reference_lacks():
             flip="random",
             clip_norm=1.0,
         )
+
+
+@pytest.mark.parity
+def test_the_duel_refuses_an_average(tmp_path, capsys):
+    words = ["duel", "--dataset", "digits", "--ema-decay", "0.9", "--run-dir", str(tmp_path / "run")]
+    assert cli.main(cifar10.EXPERIMENT, words) == 2
+    assert "does not have --ema-decay" in capsys.readouterr().err
+
+
+def test_streams_under_pmap_and_a_profile(tmp_path):
+    flags = ["--no-pictures", "--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
+    flags += ["--steps", "6", "--log-every", "1", "--num-devices", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(one, *flags, "--strategy", "pmap", "--stream", "--profile-steps", "2") == 0
+    assert list((one / "profile").rglob("*.xplane.pb"))
+    assert train(two, *flags, "--profile-steps", "50") == 0  # more than there are: it ends with the run
+    assert list((two / "profile").rglob("*.xplane.pb"))
+    for streamed, resident in zip(rows(one), rows(two), strict=True):
+        np.testing.assert_allclose(list(streamed.values()), list(resident.values()), rtol=1e-4)

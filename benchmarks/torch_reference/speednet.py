@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jaxnets.interop.weights import Row, Table, conv, dense
+from jaxnets.interop.weights import Row, Table, batch_norm, conv, dense
 
 WIDTHS = (64, 256, 256)
 
@@ -45,12 +45,6 @@ def table(image_shape: tuple[int, int, int]) -> Table:
     rows: list[Row] = [*conv("whiten")]
     for i in range(1, len(WIDTHS) + 1):
         for j in (1, 2):
-            norm = f"norm{i}_{j}"
             rows += conv(f"conv{i}_{j}", use_bias=False)
-            rows += (
-                Row(f"params/{norm}/bias", f"{norm}.bias"),
-                Row(f"batch_stats/{norm}/mean", f"{norm}.running_mean"),
-                Row(f"batch_stats/{norm}/var", f"{norm}.running_var"),
-                Row("", f"{norm}.num_batches_tracked", "counter"),
-            )
+            rows += batch_norm(f"norm{i}_{j}", use_scale=False)
     return (*rows, *dense("head", use_bias=False))

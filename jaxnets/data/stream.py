@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxnets import errors
+from jaxnets import errors, registry
 from jaxnets.data import worker
 from jaxnets.data.batches import Batches
 from jaxnets.data.sources import Source
@@ -160,18 +160,18 @@ class _Processes:
 
     def __init__(self, job: worker.Job, num_workers: int):
         self._first = job.first
-        jobs = [
-            _dumps(job._replace(first=job.first + k, step=num_workers, ahead=max(1, job.ahead)))
-            for k in range(num_workers)
-        ]
+        job = job._replace(step=num_workers, ahead=max(1, job.ahead))
+        content = _dumps(job)  # before any process is started, as it may fail
         self.processes: list[subprocess.Popen] = []
         self._pipes: list[BinaryIO] = []
         # Also when nobody closes the stream: at its collection, or at the interpreter's end.
         self.close = weakref.finalize(self, _end, os.getpid(), self.processes, self._pipes)
-        for _ in jobs:
+        for _ in range(num_workers):
             self._start()
-        for process, content in zip(self.processes, jobs, strict=True):
+        for k, process in enumerate(self.processes):
             assert process.stdin is not None
+            if k:  # one at a time: a source may hold much
+                content = _dumps(job._replace(first=job.first + k))
             with contextlib.suppress(BrokenPipeError):  # it died: reading from it says so
                 process.stdin.write(worker.frame(content))
                 process.stdin.flush()  # and stays open: its end ends the worker
@@ -228,6 +228,9 @@ class _Processes:
 def _dumps(job: worker.Job) -> bytes:
     import cloudpickle  # which, unlike pickle, sends a source that the user's own script defines
 
+    # No worker could import what a user's file was loaded as.
+    for module in registry.file_modules():
+        cloudpickle.register_pickle_by_value(module)
     try:
         return cloudpickle.dumps(job)
     except Exception as error:

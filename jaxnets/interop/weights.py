@@ -128,11 +128,12 @@ def dense(
     return (kernel, Row(f"params/{linen}/bias", f"{torch}.bias")) if use_bias else (kernel,)
 
 
-def batch_norm(linen: str, torch: str = "") -> tuple[Row, ...]:
+def batch_norm(linen: str, torch: str = "", *, use_scale: bool = True) -> tuple[Row, ...]:
     """The rows of a batch normalisation, running statistics included."""
     torch = torch or linen.replace("/", ".")
+    scale = (Row(f"params/{linen}/scale", f"{torch}.weight"),) if use_scale else ()
     return (
-        Row(f"params/{linen}/scale", f"{torch}.weight"),
+        *scale,
         Row(f"params/{linen}/bias", f"{torch}.bias"),
         Row(f"batch_stats/{linen}/mean", f"{torch}.running_mean"),
         Row(f"batch_stats/{linen}/var", f"{torch}.running_var"),

@@ -43,7 +43,9 @@ def dirac_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32)
 
 
 class SpeedNet(nn.Module):
-    """Whitening, three stages of two 3x3 convolutions, a maximum over the image, and a head.
+    """A 2x2 convolution, three stages of two 3x3 ones, a maximum over the image, and a head.
+
+    The first layer starts at random and is learnt, unless `whiten_params` sets it and it is frozen.
 
     Attributes:
         num_classes: V.

@@ -9,6 +9,7 @@ request. Who must not have a component changed under them leases it (`use`); whi
 `unload`, `reload` and `unregister` refuse and name the holder. All of it may be called from any thread.
 """
 
+from jaxnets.registry.loading import file_modules as file_modules
 from jaxnets.registry.loading import load_file as load_file
 from jaxnets.registry.loading import load_module as load_module
 from jaxnets.registry.loading import reload as reload

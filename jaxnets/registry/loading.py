@@ -40,6 +40,12 @@ def load_file(path: str | Path) -> list[tuple[str, str]]:
         return _names_of(str(file))
 
 
+def file_modules() -> list[ModuleType]:
+    """What the loaded files are as modules, which no other process can import by name."""
+    with table.lock:
+        return [module for name, module in table.origins.items() if module.__name__ != name]
+
+
 def load_module(name: str) -> list[tuple[str, str]]:
     """Import a module that calls `register`; returns and raises as `load_file` does."""
     with table.changing:

@@ -11,7 +11,7 @@ from jaxnets.ops.partition import data_axis, data_sum
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Batch, EvalFn, Indexed, PyTree
 
-_IN_FLIGHT = 4  # batches
+IN_FLIGHT = 4  # batches
 
 
 def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable[..., PyTree]:
@@ -54,8 +54,8 @@ def evaluate(
     parts = []
     for i in range(len(batches)):
         parts.append(eval_step(state, batches[i]))
-        if i >= _IN_FLIGHT:  # or batches would pile up on the device
-            jax.block_until_ready(parts[i - _IN_FLIGHT])
+        if i >= IN_FLIGHT:  # or batches would pile up on the device
+            jax.block_until_ready(parts[i - IN_FLIGHT])
 
     def add(*leaves: Any) -> np.ndarray:
         stacked = np.stack([np.asarray(leaf) for leaf in leaves])

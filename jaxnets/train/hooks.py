@@ -148,28 +148,36 @@ class StopEarly:
         return len(values) - 1 - best >= self.patience
 
 
-@dataclasses.dataclass
 class Profile:
-    """Record a profile of some steps, for TensorBoard or Perfetto.
+    """Record a profile of some steps, for TensorBoard or Perfetto; use it in a `with` statement.
 
-    Attributes:
+    Args:
         folder: where to.
         start: the step after which recording begins.
-        stop: the step after which it ends.
+        num_steps: how many are recorded; 0 is none. A run that ends before ends the recording.
     """
 
-    folder: Path
-    start: int
-    stop: int
+    def __init__(self, folder: Path, start: int, num_steps: int):
+        self._folder, self._start, self._num_steps = folder, start, num_steps
+        self._is_recording = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_recording:
+            jax.profiler.stop_trace()
+            self._is_recording = False
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Begin or end, with all steps up to this one done."""
-        if step == self.start:
+        if self._num_steps and step == self._start:
             metrics.read()
-            jax.profiler.start_trace(str(self.folder))
-        elif step == self.stop:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_recording = True
+        elif self._is_recording and step == self._start + self._num_steps:
             metrics.read()
-            jax.profiler.stop_trace()
+            self.__exit__()
 
 
 class StopOnSignal:

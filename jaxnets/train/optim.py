@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnets import errors
+from jaxnets.train.sharding import path_of
 from jaxnets.typing import Params, PyTree
 
 Rate = float | Callable[..., Any]
@@ -25,7 +26,6 @@ def sgd(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     decay_mask: Callable[[Params], PyTree] | None = None,
-    nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent; weight decay is added to the gradient before the momentum.
 
@@ -34,10 +34,9 @@ def sgd(
         momentum: share of the velocity that is kept, in [0, 1).
         weight_decay: factor of the parameters, at least 0.
         decay_mask: `decay_mask(params)` says which of them decay; all by default.
-        nesterov: whether to look ahead along the velocity.
     """
     _check(learning_rate, weight_decay, momentum=momentum)
-    descent = optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov)
+    descent = optax.sgd(learning_rate, momentum=momentum or None)
     return _decayed(descent, weight_decay, decay_mask)
 
 
@@ -79,40 +78,30 @@ def adamw(
     return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
 
 
-def nadamw(
-    learning_rate: Rate,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    decay_mask: Callable[[Params], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """AdamW with Nesterov's momentum (Dozat 2016); arguments as in `adamw`."""
-    _check(learning_rate, weight_decay, momentum=momentum)
-    return optax.nadamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+def _decoupled(make: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+    """An optimizer of Optax with `b1`, `weight_decay` and `mask`, taking the arguments of `adamw`."""
+
+    def optimizer(
+        learning_rate: Rate,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decay_mask: Callable[[Params], PyTree] | None = None,
+    ) -> optax.GradientTransformation:
+        _check(learning_rate, weight_decay, momentum=momentum)
+        return make(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+
+    return optimizer
 
 
-def lamb(
-    learning_rate: Rate,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    decay_mask: Callable[[Params], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """LAMB (You et al. 2020, arXiv 1904.00962); arguments as in `adamw`."""
-    _check(learning_rate, weight_decay, momentum=momentum)
-    return optax.lamb(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+nadamw = _decoupled(optax.nadamw)
+"""AdamW with Nesterov's momentum (Dozat 2016); arguments as in `adamw`."""
 
+lamb = _decoupled(optax.lamb)
+"""LAMB (You et al. 2020, arXiv 1904.00962); arguments as in `adamw`."""
 
-def lion(
-    learning_rate: Rate,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    decay_mask: Callable[[Params], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """Lion (Chen et al. 2023, arXiv 2302.06675); arguments as in `adamw`."""
-    _check(learning_rate, weight_decay, momentum=momentum)
-    return optax.lion(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+lion = _decoupled(optax.lion)
+"""Lion (Chen et al. 2023, arXiv 2302.06675); arguments as in `adamw`."""
 
 
 def rmsprop(
@@ -214,9 +203,7 @@ def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.G
             raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
 
     def label(params: Params) -> PyTree:
-        paths = jax.tree_util.tree_map_with_path(
-            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
-        )
+        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
         names = jax.tree.leaves(paths)
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):

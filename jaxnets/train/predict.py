@@ -1,6 +1,6 @@
 """What a classifier says of every example, kept in the run folder for those who draw or study it."""
 
-import os
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.evaluate import IN_FLIGHT
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Array, Batch, Indexed
 
@@ -56,6 +58,8 @@ def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> di
     for i in range(len(batches)):
         batch = batches[i]
         parts.append((batch["mask"], step(state, batch)))
+        if i >= IN_FLIGHT:  # or batches would pile up on the device
+            parts[i - IN_FLIGHT] = jax.device_get(parts[i - IN_FLIGHT])
     masks = np.concatenate([np.asarray(mask) for mask, _ in parts])
     rows = jax.device_get([values for _, values in parts])
     return {name: np.concatenate([part[name] for part in rows])[masks] for name in rows[0]}
@@ -83,9 +87,6 @@ def save_predictions(
         "sample_index": numbers,
         "sample_image": np.stack(list(samples.values())),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())

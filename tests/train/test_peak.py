@@ -24,6 +24,8 @@ class Device:
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
         ("TPU v4", 275e12),

@@ -1,0 +1,74 @@
+"""A recipe's test set: evaluated, and what the model says of each example kept and drawn."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxnets.config import RunOptions
+from jaxnets.data import Batches
+from jaxnets.feed import feed, resident
+from jaxnets.recipe import Recipe, count_examples
+from jaxnets.report import draw_predictions
+from jaxnets.train.evaluate import evaluate, make_eval_step
+from jaxnets.train.predict import make_predict_step, predict, save_predictions
+from jaxnets.train.sharding import Strategy
+from jaxnets.train.state import TrainState
+
+_NUM_SAMPLES = 48  # test images that are drawn
+
+
+def make_evaluator(
+    recipe: Recipe, strategy: Strategy, options: RunOptions | None = None
+) -> Callable[[TrainState], dict[str, float | int]]:
+    """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
+    options = options or RunOptions()
+    batches = _test_batches(recipe, strategy)
+    arrays = resident(recipe.test, options)
+    step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
+
+    def run(state: TrainState) -> dict[str, float | int]:
+        with feed(recipe.test, batches, strategy, options) as fed:
+            return evaluate(step, state, fed)
+
+    return run
+
+
+def keep_predictions(
+    folder: Path,
+    recipe: Recipe,
+    strategy: Strategy,
+    options: RunOptions,
+    state: TrainState,
+) -> None:
+    """Write what a classifier of images says of the test set, and draw it."""
+    if recipe.predict_fn is None:
+        return
+    where = dataclasses.replace(strategy, name="jit")
+    step = where.compile_eval(
+        partial(make_predict_step, recipe.predict_fn), resident(recipe.test, options)
+    )
+    with feed(recipe.test, _test_batches(recipe, strategy), where, options) as batches:
+        predictions = predict(step, state, batches)
+    size = len(predictions["label"])
+    shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
+    samples = {i: row_of(recipe.test, i)["image"] for i in shown}
+    save_predictions(
+        folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
+    )
+    draw_predictions(folder)
+
+
+def row_of(data: Any, i: int) -> Mapping[str, Any]:
+    """The i-th example of arrays or of a source."""
+    return {name: x[i] for name, x in data.items()} if isinstance(data, Mapping) else data[i]
+
+
+def _test_batches(recipe: Recipe, strategy: Strategy) -> Batches:
+    size = count_examples(recipe.test)
+    devices = strategy.num_devices
+    batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
+    return Batches(size, batch_size, size, shuffle=False)
