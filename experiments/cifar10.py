@@ -9,9 +9,12 @@ images substituted).
 
 import dataclasses
 import sys
+from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxnets import cli, data, errors, losses, metrics, models, ops, registry, train
@@ -31,7 +34,7 @@ class Config:
     steps: int | None = None  # in place of epochs
     batch_size: int = 128  # examples, over all devices
     accumulate: int = 1  # micro-batches in a batch
-    optimizer: str = "sgd"  # sgd, adam, adamw, muon, lion, ... (python -m jaxnets list)
+    optimizer: str = "sgd"  # sgd, adam, adamw, muon_sgd, lion, ... (python -m jaxnets list)
     learning_rate: float = 0.05  # per step, at its highest
     schedule: str = "constant"  # constant, linear or cosine, after the warm-up
     warmup: float = 0.0  # share of the run in which the learning rate rises
@@ -41,10 +44,15 @@ class Config:
     clip_norm: float | None = None  # of the gradients
     ema_decay: float | None = None  # of an average of the parameters, which evaluation then uses
     freeze: str | None = None  # regular expression for paths of parameters that stay as they are
+    whiten: bool = False  # set SpeedNet's first layer to whiten patches, and freeze its kernel
     label_smoothing: float = 0.0  # probability taken from the label
     crop: int = 0  # pixels by which images move, at most
+    window: int = 0  # pixels a side of a square of the image, anywhere, to train on; 0 is all of it
     flip: str = "none"  # none, random, or alternate: the other way round in every second epoch
     cutout: int = 0  # pixels a side of a blank square
+    # Pixels a side to which images are brought in training, one number for each equal share of the
+    # run, as 20 20 24 28: small images at first take less time. As they are by default.
+    train_sizes: tuple[int, ...] = ()
     flip_eval: bool = False  # evaluate the mean of an image and its mirror image
     dtype: str = "float32"  # of the computation: float32 or bfloat16
     patience: int = 0  # evaluations without a better one after which the run ends; 0 is never
@@ -60,6 +68,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     )
     if config.crop >= min(images.image_shape[:2]):
         raise errors.ConfigError(f"crop {config.crop} is not less than the image, {images.image_shape}")
+    if config.window > min(images.image_shape[:2]):
+        raise errors.ConfigError(f"window {config.window} exceeds the image, {images.image_shape}")
     num_examples = images.num_train
     num_positions = count_positions(
         num_examples, config.batch_size, epochs=config.epochs, steps=config.steps
@@ -69,13 +79,17 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         config.schedule, config.learning_rate, num_steps, warmup=config.warmup
     )
     tx = make_optimizer(config, optimizer, schedule)
+    stages = make_stages(config.train_sizes, num_steps)
     dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
     init_fn, apply_fn = models.functional(
         build(num_classes=images.num_classes, dtype=dtype),
         jax.ShapeDtypeStruct((1, *images.image_shape), jnp.float32),
     )
 
-    def augmented(x_BHWC, batch):
+    if config.whiten:
+        init_fn = whitened(init_fn, images)
+
+    def augmented(x_BHWC, batch, size):
         key, position = jax.random.key(config.seed), batch["position"]
         flip_key, crop_key, cut_key = jax.random.split(key, 3)
         if config.flip == "random":
@@ -89,12 +103,15 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
                 num_examples=num_examples,
             )
         x_BHWC = augment.random_crop(x_BHWC, config.crop, key=crop_key, position=position)
+        if config.window:
+            window_key = jax.random.fold_in(crop_key, 1)
+            x_BHWC = augment.random_window(x_BHWC, config.window, key=window_key, position=position)
         if config.cutout:
             x_BHWC = augment.cutout(x_BHWC, config.cutout, key=cut_key, position=position)
-        return x_BHWC
+        return x_BHWC if size is None else ops.resize_images(x_BHWC, (size, size))
 
-    def loss_fn(params, model_state, batch, *, key):
-        x_BHWC = augmented(ops.normalize_images(batch["image"]), batch)
+    def loss_fn(params, model_state, batch, *, key, size=None):
+        x_BHWC = augmented(ops.normalize_images(batch["image"]), batch, size)
         rows, mask = batch["index"], batch["mask"]
         logits_BV, model_state = apply_fn(
             params, model_state, x_BHWC, train=True, key=key, rows=rows, mask=mask
@@ -125,7 +142,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     return Recipe(
         name="cifar10",
         init_fn=init_fn,
-        loss_fn=loss_fn,
+        loss_fn=partial(loss_fn, size=stages[0][1]),
         eval_fn=eval_fn,
         tx=tx,
         train=images.train,
@@ -139,6 +156,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         predict_fn=predict_fn,
         class_names=images.class_names,
         learning_rate=schedule,
+        stages=[(begin, partial(loss_fn, size=size)) for begin, size in stages[1:]],
         torch_reference="benchmarks.torch_reference.classifier:reference",
         torch_arguments={
             "model": config.model,
@@ -159,6 +177,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     )
 
 
+_NUM_WHITENED = 5000  # images whose patches are whitened
+
 # Parts of the recipe that the PyTorch reference refuses where they are in use.
 _ONLY_HERE = (
     "schedule",
@@ -167,11 +187,43 @@ _ONLY_HERE = (
     "clip_norm",
     "ema_decay",
     "freeze",
+    "whiten",
+    "train_sizes",
     "crop",
+    "window",
     "flip",
     "cutout",
     "dtype",
 )
+
+
+def make_stages(sizes: tuple[int, ...], num_steps: int) -> list[tuple[int, int | None]]:
+    """From which step on images have which size; None is as they are."""
+    if not sizes:
+        return [(0, None)]
+    begins = [round(i * num_steps / len(sizes)) for i in range(len(sizes))]
+    return [
+        (begin, size)
+        for i, (begin, size) in enumerate(zip(begins, sizes, strict=True))
+        if i == 0 or size != sizes[i - 1]
+    ]
+
+
+def whitened(init_fn, images):
+    """SpeedNet's start with its first layer set from the first images of the training set."""
+    count = min(_NUM_WHITENED, images.num_train)
+    seen = (
+        images.train["image"][:count]
+        if isinstance(images.train, Mapping)
+        else np.stack([images.train[i]["image"] for i in range(count)])
+    )
+    x_NHWC = np.asarray(ops.normalize_images(jnp.asarray(seen)))
+
+    def init(key):
+        params, model_state = init_fn(key)
+        return models.whiten_params(params, x_NHWC), model_state
+
+    return init
 
 
 def make_optimizer(config: Config, optimizer, schedule) -> optax.GradientTransformation:
@@ -183,7 +235,10 @@ def make_optimizer(config: Config, optimizer, schedule) -> optax.GradientTransfo
     )
     if config.clip_norm is not None:
         tx = optim.clipped(tx, config.clip_norm)
-    return optim.frozen(tx, [config.freeze]) if config.freeze else tx
+    frozen = [config.freeze] if config.freeze else []
+    if config.whiten:
+        frozen.append("^whiten/kernel$")
+    return optim.frozen(tx, frozen) if frozen else tx
 
 
 def _check(config: Config) -> None:
@@ -193,11 +248,15 @@ def _check(config: Config) -> None:
         raise errors.unknown("flip", config.flip, ("none", "random", "alternate"))
     if config.dtype not in ("float32", "bfloat16"):
         raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
+    if config.whiten and config.model != "speednet":
+        raise errors.ConfigError(f"only speednet has a first layer to whiten, not {config.model}")
+    if any(size < 1 for size in config.train_sizes):
+        raise errors.ConfigError(f"sizes of images are at least 1 pixel, not {config.train_sizes}")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise errors.ConfigError(f"ema_decay lies in [0, 1), not {config.ema_decay}")
     if config.schedule not in train.SCHEDULES:
         raise errors.unknown("schedule", config.schedule, train.SCHEDULES)
-    for name in ("crop", "cutout", "patience"):
+    for name in ("crop", "window", "cutout", "patience"):
         if getattr(config, name) < 0:
             raise errors.ConfigError(f"{name} must be at least 0, not {getattr(config, name)}")
 

@@ -44,6 +44,8 @@ class Recipe:
             does not set the optimizer's.
         monitor: the metric of evaluation by which the best checkpoint is chosen.
         maximize: whether a greater value of it is better.
+        stages: (step, loss_fn) in order: from that step on, counted from 0, this loss_fn is trained with
+            instead, in a program of its own, as for images that grow during the run.
         torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
             the duel alone; None if there is none.
         torch_arguments: what that function is called with.
@@ -70,8 +72,14 @@ class Recipe:
     learning_rate: Callable[[int], Any] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
+    stages: "Sequence[tuple[int, LossFn]]" = ()
     torch_reference: str | None = None
     torch_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def loss_fns(self) -> "dict[int, LossFn]":
+        """What is trained with, by the step from which it is."""
+        return {0: self.loss_fn, **dict(self.stages)}
 
     @property
     def num_examples(self) -> int:

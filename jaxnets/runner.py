@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
@@ -27,6 +29,7 @@ from jaxnets.train.peak import Usage, usage_of
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
+from jaxnets.typing import LossFn
 from jaxnets.version import __version__
 
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
@@ -47,8 +50,13 @@ def check_recipe(recipe: Recipe, strategy: sharding.Strategy, options: RunOption
         raise errors.ConfigError(f"the run has more than {_MAX} steps; choose fewer epochs")
     try:
         jax.eval_shape(make_state(recipe))
+    except errors.ConfigError:
+        raise
     except ValueError as error:
         raise errors.ConfigError(f"the model does not fit the data: {error}") from error
+    begins = [0, *(begin for begin, _ in recipe.stages), recipe.num_steps]
+    if recipe.stages and any(a >= b for a, b in itertools.pairwise(begins)):
+        raise errors.ConfigError(f"stages must begin one after another within the run, not at {begins}")
 
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
@@ -62,14 +70,29 @@ def make_state(recipe: Recipe) -> Callable[[], TrainState]:
 
 
 def make_usage(recipe: Recipe, strategy: sharding.Strategy) -> Usage:
-    """What the model's training asks of the devices, and what they could do; in 0.2 to 0.3 s."""
+    """What the model's training asks of the devices, and what they could do; in 0.2 to 0.3 s.
+
+    Raises:
+        ConfigError: if the model can't take what a stage gives it.
+    """
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
     batch = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
     for name, x in row_of(recipe.train, 0).items():
         batch[name] = jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
     state = jax.eval_shape(make_state(recipe))
-    return usage_of(recipe.loss_fn, state, batch, list(strategy.mesh.devices.flat))
+    devices = list(strategy.mesh.devices.flat)
+    try:
+        usages = [usage_of(fn, state, batch, devices) for fn in recipe.loss_fns.values()]
+    except (ValueError, FlaxError) as error:
+        line = str(error).splitlines()[0]
+        raise errors.ConfigError(f"the model does not fit what it is trained on: {line}") from error
+    ends = [*recipe.loss_fns, recipe.num_steps][1:]
+    flops = sum(
+        usage.flops_per_example * (end - begin)
+        for usage, begin, end in zip(usages, recipe.loss_fns, ends, strict=True)
+    )
+    return dataclasses.replace(usages[0], flops_per_example=flops / recipe.num_steps)
 
 
 def train(
@@ -122,16 +145,23 @@ def train(
             extra=progress,
             keep=schedule.keep,
         )
-        make_step = partial(
-            make_train_step,
-            recipe.loss_fn,
-            recipe.tx,
-            weights_fn=recipe.weights_fn,
-            coefficients=recipe.coefficients,
-            accumulate=recipe.accumulate,
-            ema_decay=recipe.ema_decay,
-        )
         arrays = resident(recipe.train, options)
+        if arrays is not None:
+            arrays = strategy.replicate(dict(arrays))  # once for all programs
+
+        def compiled(loss_fn: LossFn) -> ShapeGuard:
+            make_step = partial(
+                make_train_step,
+                loss_fn,
+                recipe.tx,
+                weights_fn=recipe.weights_fn,
+                coefficients=recipe.coefficients,
+                accumulate=recipe.accumulate,
+                ema_decay=recipe.ema_decay,
+            )
+            return ShapeGuard(strategy.compile_step(make_step, arrays))
+
+        programs = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         draws = Batches(recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed)
         try:
             with (
@@ -151,11 +181,12 @@ def train(
                 reason = None
                 if not early.is_over():  # or the run ended here before
                     state, reason = fit(
-                        ShapeGuard(strategy.compile_step(make_step, arrays)),
+                        programs[0],
                         state,
                         batches,
                         hooks=[writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
+                        later=programs,
                     )
             last = int(state.step)
             if early.is_over():

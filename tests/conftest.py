@@ -1,7 +1,10 @@
 """Eight devices, no silent broadcasting, figures that are only reported, a count of parity tests."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 # Before JAX is imported: eight devices stand in for chips. A mesh takes the first n.
 # XLA aborts the process where one of them waits longer than 40 s for the others, which on a busy
@@ -10,6 +13,12 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test has compiled, others and the commands that they start take from there: the first process
+# makes the folder, pytest's workers inherit it, and it goes with the first.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxnets-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import jax
 import pytest

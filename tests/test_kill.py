@@ -105,7 +105,7 @@ def kill_at_random(folder, data, epochs, rng, num_kills):
                 break
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.5))
-        while kill % 2 and process.poll() is None and not unfinished(folder):
+        while not kill % 2 and process.poll() is None and not unfinished(folder):
             pass  # until it is in the middle of a save
         assert process.poll() is None, "the run ended before it could be killed: make it longer"
         process.send_signal(signal.SIGKILL)
@@ -125,8 +125,8 @@ def check_kills(tmp_path, num_kills, epochs, seed):
 
 
 @pytest.mark.timeout(600)
-def test_two_kills(tmp_path):
-    check_kills(tmp_path, 2, epochs=9.3, seed=0)
+def test_a_kill(tmp_path):
+    check_kills(tmp_path, 1, epochs=9.3, seed=0)
 
 
 @pytest.mark.long

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import cifar10
-from jaxnets import cli, errors
-from jaxnets.train import hooks
+from jaxnets import cli, errors, runner
+from jaxnets.config import RunOptions
+from jaxnets.train import Checkpoints, hooks, make_strategy
 
 PARTS = [
     "--no-pictures",
@@ -47,6 +48,70 @@ def test_a_run_with_every_part_goes_on_exactly(tmp_path, monkeypatch, capsys):
     assert train(broken, *PARTS, "--num-devices", "1") == 0
     assert "resuming at step 5 of 12" in capsys.readouterr().err
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+STAGES = [
+    *("--no-pictures", "--dataset", "digits", "--model", "speednet", "--whiten", "--batch-size", "32"),
+    *("--optimizer", "muon_sgd", "--learning-rate", "0.1", "--steps", "9", "--window", "28"),
+    *("--train-sizes", "12", "12", "16", "--log-every", "1", "--checkpoint-every", "7"),
+]
+
+
+def test_images_grow_during_a_run_which_goes_on_exactly(tmp_path, monkeypatch, capsys):
+    """And nothing moves the whitening kernel; the stages' programs are no surprise to the guard."""
+    whole, broken = (tmp_path / name for name in ("whole", "broken"))
+    assert train(whole, *STAGES, "--num-devices", "1") == 0
+    assert "compiled again" not in capsys.readouterr().err
+
+    def interrupt(self, step, state, metrics):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.ShowProgress, "__call__", interrupt)
+        assert train(broken, *STAGES, "--num-devices", "1") == 130
+    assert train(broken, *STAGES, "--num-devices", "1") == 0
+    assert "resuming at step 7 of 9" in capsys.readouterr().err
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+    recipe = cifar10.make_recipe(
+        cifar10.Config(
+            dataset="digits",
+            model="speednet",
+            optimizer="muon_sgd",
+            whiten=True,
+            batch_size=32,
+            steps=9,
+            train_sizes=(12, 12, 16),
+        ),
+        RunOptions(),
+    )
+    assert [begin for begin, _ in recipe.stages] == [6]
+    make_state = runner.make_state(recipe)
+    strategy = make_strategy(num_devices=1)
+    before = strategy.init(make_state).params
+    after, _ = Checkpoints(whole / "checkpoints").restore(9, strategy.abstract(make_state))
+    np.testing.assert_array_equal(after.params["whiten"]["kernel"], before["whiten"]["kernel"])
+    assert (np.asarray(after.params["whiten"]["bias"]) != before["whiten"]["bias"]).any()
+    assert (np.asarray(after.params["head"]["kernel"]) != before["head"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--whiten"], "only speednet has a first layer to whiten, not lenet"),
+        (["--window", "40"], "window 40 exceeds the image"),
+        (["--train-sizes", "0"], "sizes of images are at least 1 pixel"),
+        (["--train-sizes", "28", "32"], "the model does not fit what it is trained on"),
+        (["--train-sizes", "32", "28", "--steps", "1"], "stages must begin one after another"),
+    ],
+)
+def test_stages_that_cannot_be_are_one_line(tmp_path, capsys, words, message):
+    assert train(tmp_path / "r", "--dataset", "digits", *words) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert message in err[0]
+    assert not (tmp_path / "r" / "config.json").exists()
 
 
 @pytest.mark.long
@@ -94,7 +159,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         (["--crop", "-1"], "crop must be at least 0"),
         (["--ema-decay", "1"], "ema_decay lies in"),
         (["--clip-norm", "0"], "finite norm above 0"),
-        (["--freeze", "nothing"], "nothing to freeze"),
+        (["--freeze", "nothing"], "is in none of dense1/bias"),
         (["--freeze", "*norm"], "is no regular expression"),
         (["--crop", "32"], "is not less than the image"),
         (["--profile-steps", "-1"], "profile_steps is -1"),

@@ -36,7 +36,7 @@ class SpeedNet(nn.Module):
             x = self.get_submodule(f"conv{i}_2")(x)
             x = F.gelu(self.get_submodule(f"norm{i}_2")(x))
         x = F.max_pool2d(x, (x.shape[2], x.shape[3]))
-        return self.head(torch.flatten(x, 1)) / 9
+        return self.head(torch.flatten(x, 1)) / 16
 
 
 def table(image_shape: tuple[int, int, int]) -> Table:

@@ -59,7 +59,7 @@ class SpeedNet(nn.Module):
     num_classes: int = 10
     widths: Sequence[int] = (64, 256, 256)
     statistics_momentum: float = 0.6
-    scale: float = 1 / 9
+    scale: float = 1 / 16
     dtype: DTypeLike | None = None
 
     @nn.compact

@@ -4,6 +4,7 @@ from jaxnets.ops.convolution import convolve as convolve
 from jaxnets.ops.forms import plain as plain
 from jaxnets.ops.hash import row_bits as row_bits
 from jaxnets.ops.images import normalize_images as normalize_images
+from jaxnets.ops.images import resize_images as resize_images
 from jaxnets.ops.partition import constrain as constrain
 from jaxnets.ops.partition import data_axis as data_axis
 from jaxnets.ops.partition import data_sum as data_sum

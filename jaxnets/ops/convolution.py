@@ -8,8 +8,9 @@ depends on, and the right matrix is the kernel spread to every place in the tile
 That takes more arithmetic and long rows on both sides, and wins. Autodiff turns it into two more
 such products.
 
-In float64, for which XLA has no convolution library on a CPU, every unstrided convolution takes
-this form.
+Unstrided convolutions take this form too where the image is smaller than the kernel both ways, as
+2x2 under 3x3 at the end of a network (XLA's is ten times slower and more), and in float64, for which
+XLA has no convolution library on a CPU.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def convolve(
         `[B, H', W', O]`.
     """
     is_few = x.shape[3] < _FEW
-    if is_for_cpu() and tuple(strides) == (1, 1) and (is_few or x.dtype == jnp.float64):
+    is_small = all(n < k for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    is_slow = is_few or is_small or x.dtype == jnp.float64
+    if is_for_cpu() and tuple(strides) == (1, 1) and is_slow:
         return convolve_tiles(x, kernel, pads, _tile(kernel.shape[:2]) if is_few else (1, 1))
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from jaxnets.typing import Array
@@ -31,3 +32,18 @@ def normalize_images(
     return (scaled - jnp.asarray(mean, dtype).reshape(*leading, -1)) / jnp.asarray(std, dtype).reshape(
         *leading, -1
     )
+
+
+def resize_images(x: Array, size: tuple[int, int]) -> Array:
+    """Bring images to a size, each pixel the mean of what it covers, weighted by its distance.
+
+    Args:
+        x: `[B, H, W, C]`, floating.
+        size: height and width, in pixels, at least 1 each.
+
+    Returns:
+        `[B, *size, C]`; x itself if that is its size.
+    """
+    if x.shape[1:3] == tuple(size):
+        return x
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=True)

@@ -80,7 +80,8 @@ entries: dict[str, dict[str, Entry]] = {
         lion="train.optim:lion",
         rmsprop="train.optim:rmsprop",
         adagrad="train.optim:adagrad",
-        muon="train.optim:muon",
+        muon="train.muon:muon",
+        muon_sgd="train.muon:muon_sgd",
     ),
     "dataset": _built_in(
         cifar10="data.cifar:load_cifar10",

@@ -5,6 +5,8 @@ from the device, the micro-batch or the step at which a run was resumed. Take th
 seed and the positions from `batch["position"]`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,11 +36,28 @@ def random_crop(x: Array, pixels: int, *, key: Array, position: Array) -> Array:
         return x
     low_B2 = _integers(key, position, 2, 2 * pixels + 1)
     padded = jnp.pad(x, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="reflect")
+    return _windows(padded, low_B2, x.shape[1:3])
 
-    def crop(image: Array, low: Array) -> Array:
-        return lax.dynamic_slice(image, (low[0], low[1], 0), x.shape[1:])
 
-    return jax.vmap(crop)(padded, low_B2)
+def random_window(x: Array, side: int, *, key: Array, position: Array) -> Array:
+    """Cut a square from every image.
+
+    Args:
+        x: `[B, H, W, C]`.
+        side: of the square in pixels, 1 to the smaller of H and W.
+        key: a PRNG key.
+        position: integers `[B]`.
+
+    Returns:
+        `[B, side, side, C]`.
+
+    Raises:
+        ValueError: if the side is out of range.
+    """
+    if not 1 <= side <= min(x.shape[1:3]):
+        raise ValueError(f"no window of {side} pixels a side fits into an image of {x.shape[1:3]}")
+    low = [_integers(key, position, 1, n - side + 1, salt=axis) for axis, n in enumerate(x.shape[1:3])]
+    return _windows(x, jnp.concatenate(low, axis=1), (side, side))
 
 
 def random_flip(x: Array, *, key: Array, position: Array) -> Array:
@@ -114,6 +133,13 @@ def mixup_weights(alpha: float, *, key: Array, position: Array) -> Array:
         raise ValueError(f"alpha must be above 0, not {alpha}")
     keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(position)
     return jax.vmap(lambda k: jax.random.beta(k, alpha, alpha, dtype=jnp.float32))(keys)
+
+
+def _windows(x: Array, low_B2: Array, size: Sequence[int]) -> Array:
+    def cut(image: Array, low: Array) -> Array:
+        return lax.dynamic_slice(image, (low[0], low[1], 0), (*size, x.shape[3]))
+
+    return jax.vmap(cut)(x, low_B2)
 
 
 def _flip(x: Array, is_flipped: Array) -> Array:

@@ -68,17 +68,20 @@ class StepMetrics:
         )
 
 
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]]
+
+
 @dataclasses.dataclass
 class Clock:
     """Where the time of a loop went, in seconds.
 
     Attributes:
-        compile: the first step, nearly all of which is tracing and compilation.
+        compile: the first step of each program, nearly all of which is tracing and compilation.
         data: waiting for batches.
         dispatch: handing steps to the device.
         wait: waiting for steps, in the loop or in a hook that reads their metrics.
         hooks: everything else that hooks did.
-        steps: how many steps `data`, `dispatch` and `wait` are about; the first isn't one of them.
+        steps: how many steps `data`, `dispatch` and `wait` are about; those first ones aren't.
     """
 
     compile: float = 0.0
@@ -100,12 +103,13 @@ class Clock:
 
 
 def fit(
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
+    train_step: TrainStep,
     state: TrainState,
     batches: Indexed,
     *,
     hooks: Sequence[Hook] = (),
     clock: Clock | None = None,
+    later: Mapping[int, TrainStep] | None = None,
 ) -> tuple[TrainState, str | None]:
     """Train from `state.step` to the end of `batches`.
 
@@ -119,6 +123,7 @@ def fit(
             done, the state after them, and `StepMetrics`. It may read the state but not keep it. If it
             returns a string the run stops there.
         clock: where to add up the time.
+        later: what to call instead of `train_step`, by the step, counted from 0, from which on.
 
     Returns:
         the state, and the reason why a hook stopped the run, or None.
@@ -127,17 +132,22 @@ def fit(
         NonFiniteError: if the loss or the gradients of a step weren't finite.
     """
     clock = clock or Clock()
+    programs = {0: train_step, **(later or {})}
     first = int(state.step)
-    previous = None
+    previous = current = None
     for i in range(first, len(batches)):
+        program = programs[max(begin for begin in programs if begin <= i)]
+        is_new, current = program is not current, program
+        if is_new and previous is not None:
+            previous.check()  # or its time would be taken for compilation
         start = time.perf_counter()
         # 1. Draw the batch.
         batch = batches[i]
         drawn = time.perf_counter()
         # 2. Dispatch the step; it runs while we go on.
-        state, values = train_step(state, batch)
+        state, values = program(state, batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
-        if i == first:
+        if is_new:
             jax.block_until_ready(values)
         dispatched = time.perf_counter()
         metrics = StepMetrics(i + 1, values, index, clock)
@@ -149,7 +159,7 @@ def fit(
         # 4. Call the hooks.
         reasons = [hook(i + 1, state, metrics) for hook in hooks]
         stop = next((reason for reason in reasons if reason), None)
-        if i == first:
+        if is_new:
             clock.compile += dispatched - start
         else:
             clock.data += drawn - start

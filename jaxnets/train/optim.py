@@ -35,7 +35,7 @@ def sgd(
         weight_decay: factor of the parameters, at least 0.
         decay_mask: `decay_mask(params)` says which of them decay; all by default.
     """
-    _check(learning_rate, weight_decay, momentum=momentum)
+    check_numbers(learning_rate, weight_decay, momentum=momentum)
     descent = optax.sgd(learning_rate, momentum=momentum or None)
     return _decayed(descent, weight_decay, decay_mask)
 
@@ -55,7 +55,7 @@ def adam(
         weight_decay: factor of the parameters, at least 0.
         decay_mask: `decay_mask(params)` says which of them decay; all by default.
     """
-    _check(learning_rate, weight_decay, momentum=momentum)
+    check_numbers(learning_rate, weight_decay, momentum=momentum)
     return _decayed(optax.adam(learning_rate, b1=momentum), weight_decay, decay_mask)
 
 
@@ -74,7 +74,7 @@ def adamw(
         weight_decay: share of the parameters, times the learning rate, that a step takes off.
         decay_mask: `decay_mask(params)` says which of them decay; all by default.
     """
-    _check(learning_rate, weight_decay, momentum=momentum)
+    check_numbers(learning_rate, weight_decay, momentum=momentum)
     return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
 
 
@@ -88,7 +88,7 @@ def _decoupled(make: Callable[..., optax.GradientTransformation]) -> Callable[..
         weight_decay: float = 0.0,
         decay_mask: Callable[[Params], PyTree] | None = None,
     ) -> optax.GradientTransformation:
-        _check(learning_rate, weight_decay, momentum=momentum)
+        check_numbers(learning_rate, weight_decay, momentum=momentum)
         return make(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
 
     return optimizer
@@ -112,7 +112,7 @@ def rmsprop(
     decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     """RMSProp (Hinton 2012); arguments as in `sgd`."""
-    _check(learning_rate, weight_decay, momentum=momentum)
+    check_numbers(learning_rate, weight_decay, momentum=momentum)
     return _decayed(optax.rmsprop(learning_rate, momentum=momentum or None), weight_decay, decay_mask)
 
 
@@ -124,43 +124,8 @@ def adagrad(
     decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
     """Adagrad (Duchi et al. 2011), which has no momentum; other arguments as in `sgd`."""
-    _check(learning_rate, weight_decay, momentum=momentum)
+    check_numbers(learning_rate, weight_decay, momentum=momentum)
     return _decayed(optax.adagrad(learning_rate), weight_decay, decay_mask)
-
-
-def muon(
-    learning_rate: Rate,
-    *,
-    momentum: float = 0.95,
-    weight_decay: float = 0.0,
-    decay_mask: Callable[[Params], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for kernels, those of convolutions as matrices, and Adam for the rest.
-
-    Args:
-        learning_rate: finite, at least 0; or a function of the step.
-        momentum: decay of Muon's momentum and of Adam's first moment, in [0, 1).
-        weight_decay: share of the parameters, times the learning rate, that a step takes off.
-        decay_mask: `decay_mask(params)` says which of them decay; all by default.
-    """
-    _check(learning_rate, weight_decay, momentum=momentum)
-
-    def axes(params: Params) -> PyTree:
-        def of(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-            if leaf.ndim < 2:
-                return None
-            inputs = tuple(range(leaf.ndim - 1))
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
-
-        return jax.tree.map(of, params)
-
-    direction = optax.contrib.muon(
-        1.0, beta=momentum, adam_b1=momentum, muon_weight_dimension_numbers=axes
-    )
-    # Optax's own weight decay of Muon has no mask for what Adam changes.
-    decay = optax.add_decayed_weights(-weight_decay, decay_mask)
-    rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-    return optax.chain(direction, decay, rate) if weight_decay else optax.chain(direction, rate)
 
 
 def matrices_only(params: Params) -> PyTree:
@@ -183,6 +148,49 @@ def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTran
     return optax.chain(optax.clip_by_global_norm(norm), tx)
 
 
+def by_path(
+    rules: Sequence[tuple[str, optax.GradientTransformation]],
+) -> optax.GradientTransformation:
+    """Different optimizers for different parameters.
+
+    Args:
+        rules: ordered (pattern, optimizer): a parameter is changed by that of the first regular
+            expression that is found in its path, such as "conv1/kernel".
+
+    Raises:
+        ConfigError: if a pattern is no regular expression; when the state is made, if one of them
+            decides about no parameter, or no pattern is found in a parameter's path.
+    """
+    patterns = [pattern for pattern, _ in rules]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def label(params: Params) -> PyTree:
+        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
+
+        def first(name: str) -> int:
+            found = (i for i, pattern in enumerate(patterns) if re.search(pattern, name))
+            if (number := next(found, None)) is None:
+                raise errors.ConfigError(f"no optimizer for {name}: none of {patterns} is in it")
+            return number
+
+        labels = jax.tree.map(first, paths)
+        names = jax.tree.leaves(paths)
+        for number in sorted(set(range(len(rules))) - set(jax.tree.leaves(labels))):
+            pattern = patterns[number]
+            if any(re.search(pattern, name) for name in names):
+                raise errors.ConfigError(
+                    f"{pattern!r} has no parameter left: {patterns[:number]} come before"
+                )
+            raise errors.ConfigError(f"{pattern!r} is in none of {', '.join(names)}")
+        return labels
+
+    return optax.partition({i: tx for i, (_, tx) in enumerate(rules)}, label)
+
+
 def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
     """Leave parameters as they are, bit for bit; the optimizer keeps nothing for them.
 
@@ -193,32 +201,10 @@ def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.G
         patterns: regular expressions, each searched for in paths such as "conv1/kernel".
 
     Raises:
-        ConfigError: when the state is made, if a pattern is found in no path, or nothing is left to
-            learn.
+        ConfigError: if a pattern is no regular expression; when the state is made, if one is found in
+            no path, or nothing is left to learn.
     """
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
-
-    def label(params: Params) -> PyTree:
-        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
-        names = jax.tree.leaves(paths)
-        for pattern in patterns:
-            if not any(re.search(pattern, name) for name in names):
-                raise errors.ConfigError(
-                    f"nothing to freeze: {pattern!r} is in none of {', '.join(names)}"
-                )
-
-        def is_frozen(name: str) -> bool:
-            return any(re.search(pattern, name) for pattern in patterns)
-
-        if all(is_frozen(name) for name in names):
-            raise errors.ConfigError(f"{', '.join(patterns)} freezes every parameter")
-        return jax.tree.map(lambda name: "frozen" if is_frozen(name) else "learnt", paths)
-
-    return optax.partition({"learnt": tx, "frozen": _keep()}, label)
+    return by_path([*((pattern, _keep()) for pattern in patterns), (".*", tx)])
 
 
 def _keep() -> optax.GradientTransformation:
@@ -241,7 +227,12 @@ def _decayed(
     return optax.chain(optax.add_decayed_weights(weight_decay, decay_mask), descent)
 
 
-def _check(learning_rate: Rate, weight_decay: float, *, momentum: float) -> None:
+def check_numbers(learning_rate: Rate, weight_decay: float, *, momentum: float) -> None:
+    """Refuse what no optimizer takes.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
     for name, value in (("learning rate", learning_rate), ("weight decay", weight_decay)):
         if not callable(value) and not (math.isfinite(value) and value >= 0):
             raise errors.ConfigError(f"the {name} must be a finite number of at least 0, not {value}")

@@ -77,6 +77,8 @@ def test_plain_form_is_a_convolution_and_fast_one_a_product():
         assert primitives(lambda *a: conv2d(*a), x, kernel) == {"conv_general_dilated"}
     wide = jnp.zeros((1, 8, 8, 64)), jnp.zeros((3, 3, 64, 64))
     assert primitives(lambda *a: conv2d(*a), *wide) == {"conv_general_dilated"}
+    small = jnp.zeros((1, 2, 2, 64)), jnp.zeros((3, 3, 64, 64))
+    assert "dot_general" in primitives(lambda *a: conv2d(*a, padding=1), *small)
 
 
 def test_transformations(x64):

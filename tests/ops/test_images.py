@@ -57,3 +57,14 @@ def test_anything_but_bytes_is_refused(dtype):
 def test_a_wrong_number_of_channels_is_refused():
     with pytest.raises((ValueError, TypeError)):
         ops.normalize_images(jnp.zeros((1, 2, 2, 3), jnp.uint8), (0.5, 0.5), (0.5, 0.5))
+
+
+def test_a_smaller_image_is_made_of_means():
+    x = jnp.arange(2 * 8 * 8 * 3.0).reshape(2, 8, 8, 3)
+    assert ops.resize_images(x, (8, 8)) is x
+    assert ops.resize_images(x, (5, 3)).shape == (2, 5, 3, 3)
+    np.testing.assert_allclose(ops.resize_images(jnp.ones((1, 8, 8, 1)), (5, 3)), 1, rtol=1e-6)
+    half = ops.resize_images(x, (4, 4))
+    # A triangle over four pixels: on a plane, away from the border, the mean of the middle two.
+    means = x.reshape(2, 4, 2, 4, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(half[:, 1:3, 1:3], means[:, 1:3, 1:3], rtol=1e-5)

@@ -57,6 +57,30 @@ def test_crop_moves_within_a_reflected_border_and_reaches_every_place():
         augment.random_crop(jnp.asarray(x), 7, key=KEY, position=POSITION)
 
 
+def test_windows_are_cut_from_every_place():
+    x = images()
+    found = np.asarray(augment.random_window(jnp.asarray(x), 5, key=KEY, position=POSITION))
+    assert found.shape == (B, 5, 5, C)
+    seen = set()
+    for i in range(B):
+        places = [
+            (r, c)
+            for r in range(5)
+            for c in range(3)
+            if np.array_equal(x[i, r : r + 5, c : c + 5], found[i])
+        ]
+        assert len(places) == 1
+        seen |= set(places)
+    assert len(seen) > 12  # of 15, with 64 draws
+    part = augment.random_window(jnp.asarray(x[8:24]), 5, key=KEY, position=POSITION[8:24])
+    np.testing.assert_array_equal(part, found[8:24])
+    whole = augment.random_window(jnp.asarray(x[:, :7]), 7, key=KEY, position=POSITION)
+    np.testing.assert_array_equal(whole, x[:, :7])
+    for side in (0, 8):
+        with pytest.raises(ValueError, match=f"no window of {side} pixels"):
+            augment.random_window(jnp.asarray(x), side, key=KEY, position=POSITION)
+
+
 def test_flip_mirrors_left_to_right():
     x = images()
     found = np.asarray(EVERY["flip"](x, POSITION))

@@ -77,6 +77,38 @@ def test_waiting_for_a_step_is_training_time_whoever_waits():
         assert clock.hooks < 0.5 * clock.train, clock
 
 
+def test_later_programs_take_over_at_their_step_and_after_a_resume():
+    step, state = start()
+    batches = Batches(12, 4, 36, seed=1)
+    called = []
+
+    def program(name, seconds=0.0):
+        def run(state, draw):
+            called.append((name, int(state.step)))
+            time.sleep(seconds)
+            return step(state, draw)
+
+        return run
+
+    clock, later = Clock(), {3: program("b", 0.05), 7: program("c")}
+    fit(program("a"), state, batches, clock=clock, later=later)
+    assert called == [(name, i) for i, name in enumerate("aaabbbbcc")]
+    assert clock.steps == 6  # without the first of each program, where it compiles
+    assert clock.compile > 0.05
+    called.clear()
+    stop_at = 5
+    step, state = start()
+    state, _ = fit(
+        program("a"),
+        state,
+        batches,
+        hooks=[lambda i, *_: "enough" if i == stop_at else None],
+        later=later,
+    )
+    fit(program("a"), state, batches, later=later)
+    assert called == [(name, i) for i, name in enumerate("aaabbbbcc")]
+
+
 def test_a_hook_can_stop_the_run_and_it_can_be_gone_on_with():
     step, state = start()
     batches = Batches(12, 4, 36, seed=1)
