@@ -40,6 +40,8 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     for name in ("num_workers", "prefetch"):
         if getattr(options, name) < 0:
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 0")
+    if recipe.partners and resident(recipe.train, options) is None:
+        raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
     parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]
     size = sum(array.nbytes for part in parts for array in part.values()) / 1e9
     if size > options.max_resident_gb:

@@ -34,6 +34,8 @@ class Recipe:
         seed: of the parameters, the order and all randomness.
         ema_decay: of an average of the parameters, which evaluation then uses; None for none.
         patience: evaluations without a better one after which the run ends; 0 is never.
+        partners: whether loss_fn gets another example for each, `batch["partner"]`, to mix it with; for
+            data that is kept on the devices.
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
@@ -64,6 +66,7 @@ class Recipe:
     seed: int = 0
     ema_decay: float | None = None
     patience: int = 0
+    partners: bool = False
     weights_fn: "WeightsFn | None" = None
     coefficients: Mapping[str, float] | None = None
     eval_batch_size: int = 512

@@ -25,7 +25,7 @@ from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, sharding
 from jaxnets.train.loop import Clock, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
-from jaxnets.train.peak import Usage, usage_of
+from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
@@ -69,30 +69,34 @@ def make_state(recipe: Recipe) -> Callable[[], TrainState]:
     )
 
 
-def make_usage(recipe: Recipe, strategy: sharding.Strategy) -> Usage:
-    """What the model's training asks of the devices, and what they could do; in 0.2 to 0.3 s.
+def make_usages(recipe: Recipe, strategy: sharding.Strategy) -> dict[int, Usage]:
+    """What training asks of the devices, by the step from which it does, and what they could do.
+
+    It takes 0.2 to 0.3 s.
 
     Raises:
         ConfigError: if the model can't take what a stage gives it.
     """
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
-    batch = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
-    for name, x in row_of(recipe.train, 0).items():
-        batch[name] = jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
+    batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
+    data = {
+        name: jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
+        for name, x in row_of(recipe.train, 0).items()
+    }
+    batch |= data | ({"partner": data | {"index": batch["index"]}} if recipe.partners else {})
     state = jax.eval_shape(make_state(recipe))
-    devices = list(strategy.mesh.devices.flat)
-    try:
-        usages = [usage_of(fn, state, batch, devices) for fn in recipe.loss_fns.values()]
-    except (ValueError, FlaxError) as error:
-        line = str(error).splitlines()[0]
-        raise errors.ConfigError(f"the model does not fit what it is trained on: {line}") from error
-    ends = [*recipe.loss_fns, recipe.num_steps][1:]
-    flops = sum(
-        usage.flops_per_example * (end - begin)
-        for usage, begin, end in zip(usages, recipe.loss_fns, ends, strict=True)
-    )
-    return dataclasses.replace(usages[0], flops_per_example=flops / recipe.num_steps)
+    peak = peak_flops(list(strategy.mesh.devices.flat))
+    usages = {}
+    for begin, loss_fn in recipe.loss_fns.items():
+        try:
+            usages[begin] = usage_of(loss_fn, state, batch, peak)
+        except FlaxError as error:
+            line = str(error).splitlines()[0]
+            raise errors.ConfigError(
+                f"the model does not fit what it is trained on from step {begin} on: {line}"
+            ) from error
+    return usages
 
 
 def train(
@@ -126,7 +130,7 @@ def train(
     clock = Clock()
     with checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize) as checkpoints:
         state, spent = _start(checkpoints, recipe, strategy, folder)
-        usage = make_usage(recipe, strategy)  # traces the loss, before anything is written
+        usages = make_usages(recipe, strategy)  # traces the loss, before anything is written
         on_start()
         first = int(state.step)
         log = MetricsLog(folder, step=first)
@@ -162,12 +166,23 @@ def train(
             return ShapeGuard(strategy.compile_step(make_step, arrays))
 
         programs = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
-        draws = Batches(recipe.num_examples, recipe.batch_size, recipe.num_positions, seed=recipe.seed)
+        draws = Batches(
+            recipe.num_examples,
+            recipe.batch_size,
+            recipe.num_positions,
+            seed=recipe.seed,
+            partners=recipe.partners,
+        )
         try:
             with (
                 feed(recipe.train, draws, strategy, options) as batches,
                 hooks.ShowProgress(
-                    num_steps, recipe.batch_size, evaluation, first=first, clock=clock, mfu=usage.mfu
+                    num_steps,
+                    recipe.batch_size,
+                    evaluation,
+                    first=first,
+                    clock=clock,
+                    mfu=lambda step, speed: usages[max(b for b in usages if b < step)].mfu(speed),
                 ) as show,
                 hooks.Profile(folder / "profile", first + 2, options.profile_steps) as profile,
             ):
@@ -186,7 +201,7 @@ def train(
                         batches,
                         hooks=[writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
-                        later=programs,
+                        later={begin: programs[begin] for begin, _ in recipe.stages},
                     )
             last = int(state.step)
             if early.is_over():
@@ -213,6 +228,7 @@ def train(
     totals = progress()
     seconds = totals["train_seconds"]
     speed = totals["timed_examples"] / seconds if seconds else None
+    usage = mean_usage(usages, last)
     mfu = usage.mfu(speed) if speed else None
     result = {
         "experiment": recipe.name,

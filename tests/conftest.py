@@ -19,6 +19,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxnets-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+# A folder for each worker: an entry that another is still writing would be a warning, so an error.
+os.environ["JAX_COMPILATION_CACHE_DIR"] += os.sep + os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 import jax
 import pytest

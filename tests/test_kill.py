@@ -57,7 +57,12 @@ def command(folder, data, epochs):
 
 
 def start(folder, data, epochs, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What is killed must not leave half an entry in the cache that the tests share.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+    }
     return subprocess.Popen(command(folder, data, epochs), cwd=ROOT, env=environment, **options)
 
 

@@ -1,14 +1,18 @@
 """The parts of a recipe together, by the command line: resumed, on other devices, ended early."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import cifar10
 from jaxnets import cli, errors, runner
 from jaxnets.config import RunOptions
+from jaxnets.data import Batches
 from jaxnets.train import Checkpoints, hooks, make_strategy
+from jaxnets.train.sharding import gather_rows
 
 PARTS = [
     "--no-pictures",
@@ -16,7 +20,7 @@ PARTS = [
     *("--optimizer", "adamw", "--learning-rate", "0.01", "--weight-decay", "0.1"),
     *("--schedule", "cosine", "--warmup", "0.2", "--clip-norm", "1", "--ema-decay", "0.8"),
     *("--no-decay-biases", "--freeze", "^dense1/bias", "--crop", "2", "--flip", "alternate"),
-    *("--cutout", "8", "--flip-eval", "--log-every", "1", "--checkpoint-every", "5"),
+    *("--cutout", "8", "--mixup", "0.4", "--flip-eval", "--log-every", "1", "--checkpoint-every", "5"),
 ]
 
 
@@ -57,6 +61,31 @@ STAGES = [
 ]
 
 
+def test_a_short_run_in_stages(tmp_path, capsys):
+    words = [*STAGES, "--steps", "3", "--train-sizes", "8", "12", "--num-devices", "1"]
+    assert train(tmp_path / "r", *words) == 0
+    assert "compiled again" not in capsys.readouterr().err
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    usages = runner.make_usages(
+        cifar10.make_recipe(
+            cifar10.Config(
+                dataset="digits",
+                model="speednet",
+                batch_size=32,
+                steps=3,
+                window=28,
+                train_sizes=(8, 12),
+            ),
+            RunOptions(),
+        ),
+        make_strategy(num_devices=1),
+    )
+    small, large = (usages[begin].flops_per_example for begin in (0, 2))
+    assert large > 2 * small
+    assert result["flops_per_example"] == round((2 * small + large) / 3)
+
+
+@pytest.mark.long
 def test_images_grow_during_a_run_which_goes_on_exactly(tmp_path, monkeypatch, capsys):
     """And nothing moves the whitening kernel; the stages' programs are no surprise to the guard."""
     whole, broken = (tmp_path / name for name in ("whole", "broken"))
@@ -96,14 +125,44 @@ def test_images_grow_during_a_run_which_goes_on_exactly(tmp_path, monkeypatch, c
     assert (np.asarray(after.params["head"]["kernel"]) != before["head"]["kernel"]).any()
 
 
+def test_mixing_takes_its_share_of_images_and_of_labels():
+    config = cifar10.Config(dataset="digits", model="mlp", batch_size=8, steps=1)
+    plain = cifar10.make_recipe(config, RunOptions())
+    mixed = cifar10.make_recipe(dataclasses.replace(config, mixup=1.0), RunOptions())
+    assert mixed.partners
+    params, model_state = plain.init_fn(jax.random.key(0))
+    draw = Batches(plain.num_examples, 8, 8, partners=True)[0]
+    batch = gather_rows(plain.train_arrays, draw)
+    for name, x in plain.train_arrays.items():
+        np.testing.assert_array_equal(batch["partner"][name], x[draw["partner"]])
+
+    def losses_of(recipe, batch):
+        return recipe.loss_fn(params, model_state, batch, key=jax.random.key(1))[0]["loss"]
+
+    own = {name: batch[name] for name in ("image", "label", "index")}
+    same = {**batch, "partner": own}
+    np.testing.assert_allclose(losses_of(mixed, same), losses_of(plain, batch), rtol=1e-5)
+    assert (np.abs(losses_of(mixed, batch) - losses_of(plain, batch)) > 1e-3).all()
+    # An image that is mixed with itself under another label: the labels' losses in complementary shares.
+    # What is left of the first with the labels the other way round is what was taken before.
+    label = (batch["label"] + 1) % 10
+    there = losses_of(mixed, {**same, "partner": {**own, "label": label}})
+    back = losses_of(mixed, {**same, "label": label, "partner": own})
+    both = losses_of(plain, batch) + losses_of(plain, {**batch, "label": label})
+    np.testing.assert_allclose(there + back, both, rtol=1e-5)
+    assert (np.abs(there - back) > 1e-3).all()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--mixup", "0.2", "--stream"], "only where the data is kept in memory"),
+        (["--mixup", "nan"], "mixup must be a finite number"),
         (["--whiten"], "only speednet has a first layer to whiten, not lenet"),
         (["--window", "40"], "window 40 exceeds the image"),
         (["--train-sizes", "0"], "sizes of images are at least 1 pixel"),
         (["--train-sizes", "28", "32"], "the model does not fit what it is trained on"),
-        (["--train-sizes", "32", "28", "--steps", "1"], "stages must begin one after another"),
+        (["--train-sizes", "32", "28", "--steps", "0"], "steps must be at least 1"),
     ],
 )
 def test_stages_that_cannot_be_are_one_line(tmp_path, capsys, words, message):
@@ -159,7 +218,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         (["--crop", "-1"], "crop must be at least 0"),
         (["--ema-decay", "1"], "ema_decay lies in"),
         (["--clip-norm", "0"], "finite norm above 0"),
-        (["--freeze", "nothing"], "is in none of dense1/bias"),
+        (["--freeze", "nothing"], "nothing to freeze"),
         (["--freeze", "*norm"], "is no regular expression"),
         (["--crop", "32"], "is not less than the image"),
         (["--profile-steps", "-1"], "profile_steps is -1"),

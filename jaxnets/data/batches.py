@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from jaxnets.data import order
 # Draws made ahead at a time: enough that NumPy's cost per call is spread thin over small batches,
 # few enough that a block takes about a millisecond and stays in the cache.
 _BLOCK_POSITIONS = 16384
+_PARTNERS = 2**62  # added to a run's seed, which is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Batches:
         seed: of the order.
         shuffle: False draws the examples in their own order, again and again (evaluation:
             `num_positions=num_examples`).
+        partners: whether each example gets another one to be mixed with, from a shuffled stream of
+            its own.
 
     Raises:
         ConfigError: if a size isn't an integer, or is below 1.
@@ -49,6 +53,7 @@ class Batches:
     num_positions: int
     seed: int = 0
     shuffle: bool = True
+    partners: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size", "num_positions"):
@@ -74,7 +79,8 @@ class Batches:
         Returns:
             `index`, int32 `[B]`: the examples; `position`, uint32 `[B]`: where in the stream they
             stand, modulo 2**32; `mask`, bool `[B]`: False where the run's last batch is padded
-            (there the index is 0 and the position runs on). The arrays are read-only.
+            (there the index is 0 and the position runs on); with partners also `partner`, int32
+            `[B]`: examples, over an epoch's positions each of them once. The arrays are read-only.
 
         Raises:
             IndexError: if i is out of range.
@@ -89,11 +95,15 @@ class Batches:
             self.num_examples, self.batch_size, self.seed, self.shuffle, rows_per_block, block
         )
         draw = {"index": index[row], "position": position[row], "mask": full}
+        if self.partners:
+            draw["partner"] = _partners(
+                self.num_examples, self.seed, i * self.batch_size, self.batch_size
+            )
         num_real = self.num_positions - i * self.batch_size
         return draw if num_real >= self.batch_size else _pad(draw, num_real)
 
 
-def take(arrays: Mapping[str, np.ndarray], draw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def take(arrays: Mapping[str, np.ndarray], draw: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Gather the rows of a draw, for a loop that feeds from the host.
 
     Args:
@@ -101,8 +111,8 @@ def take(arrays: Mapping[str, np.ndarray], draw: Mapping[str, np.ndarray]) -> di
         draw: what `Batches` gives: `index`, `position`, `mask`, `[B]` each.
 
     Returns:
-        The arrays' rows, `[B, ...]` each, and the three arrays of the draw. Padded rows hold
-        example 0: use the mask.
+        The arrays' rows, `[B, ...]` each, and the arrays of the draw; where it has partners, their
+        rows and their index are `batch["partner"]`. Padded rows hold example 0: use the mask.
 
     Raises:
         ConfigError: if an array has the name of a part of the draw.
@@ -114,8 +124,14 @@ def take(arrays: Mapping[str, np.ndarray], draw: Mapping[str, np.ndarray]) -> di
     """
     if taken := sorted(arrays.keys() & draw.keys()):
         raise errors.ConfigError(f"arrays can't be called {', '.join(taken)}: the draw has these")
-    rows = {name: np.take(array, draw["index"], axis=0) for name, array in arrays.items()}
-    return rows | dict(draw)
+
+    def rows(index: np.ndarray) -> dict[str, Any]:
+        return {name: np.take(array, index, axis=0) for name, array in arrays.items()}
+
+    batch = rows(draw["index"]) | dict(draw)
+    if "partner" in draw:
+        batch["partner"] = rows(draw["partner"]) | {"index": draw["partner"]}
+    return batch
 
 
 # Cached by value, not in the object, so that `Batches` stays a plain value and threads can share
@@ -135,11 +151,19 @@ def _block(
     return made
 
 
+def _partners(num_examples: int, seed: int, first: int, size: int) -> np.ndarray:
+    """The examples at positions first, first + 1, ... of a second stream."""
+    positions = np.arange(first, first + size)
+    partner = order.index(int(seed) + _PARTNERS, positions, num_examples).astype(np.int32)
+    partner.flags.writeable = False
+    return partner
+
+
 def _pad(draw: dict[str, np.ndarray], num_real: int) -> dict[str, np.ndarray]:
     mask = np.arange(draw["index"].size) < num_real
     index = np.where(mask, draw["index"], np.int32(0))
     index.flags.writeable = mask.flags.writeable = False
-    return {"index": index, "position": draw["position"], "mask": mask}
+    return {**draw, "index": index, "mask": mask}
 
 
 def _integer(name: str, value: object) -> int:

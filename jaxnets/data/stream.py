@@ -65,6 +65,8 @@ class Stream:
             raise errors.ConfigError(
                 f"the batches are of {batches.num_examples} examples, the source has {len(source)}"
             )
+        if batches.partners:
+            raise errors.ConfigError("a stream reads no partners to mix with: keep the data in memory")
         self.source, self.batches = source, batches
         self.num_workers, self.prefetch = num_workers, prefetch
         self._lock = threading.Lock()

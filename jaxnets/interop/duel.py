@@ -120,6 +120,8 @@ def check_losses(ours: Sequence[float | None], theirs: Sequence[float | None], n
 
 
 def _check(recipe: Recipe, options: RunOptions) -> None:
+    if recipe.stages or recipe.partners:
+        raise errors.ConfigError("the duel compares one loss on single examples: no stages, no partners")
     _ = recipe.train_arrays  # refuses what isn't in memory
     if options.strategy != "jit" or options.num_devices not in (None, 1) or not options.jit:
         raise errors.ConfigError("the duel runs on one device with --strategy jit, compiled")

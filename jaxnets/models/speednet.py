@@ -6,7 +6,8 @@ stages of two wide convolutions, GELU, batch normalisation without a scale, and 
 image. It differs from those in being written for any image size.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxnets.layers import BatchNorm, Conv, constrain
-from jaxnets.ops import max_pool
-from jaxnets.typing import Array
+from jaxnets.ops import max_pool, normalize_images
+from jaxnets.typing import Array, Indexed, Params, PyTree
 
 PATCH = 2  # pixels a side of the patches that the first layer sees
 
@@ -135,13 +136,63 @@ def whiten_params(params: Mapping[str, Any], images: np.ndarray, *, epsilon: flo
     Returns:
         new params.
     """
-    x_NHWC = np.asarray(images, np.float64)
-    height, width = (n - PATCH + 1 for n in x_NHWC.shape[1:3])
-    patches = np.concatenate(
-        [x_NHWC[:, i : i + height, j : j + width] for i in range(PATCH) for j in range(PATCH)], axis=-1
-    ).reshape(-1, PATCH * PATCH * x_NHWC.shape[3])
-    variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
-    kernel = (vectors / np.sqrt(variances + epsilon)).reshape(PATCH, PATCH, x_NHWC.shape[3], -1)
-    kernel = np.concatenate([kernel, -kernel], axis=-1)
+    return _with_kernel(params, _whitening_kernel(images, epsilon))
+
+
+def whitened(
+    init_fn: Callable[[Array], tuple[Params, PyTree]], train: Mapping[str, np.ndarray] | Indexed
+) -> Callable[[Array], tuple[Params, PyTree]]:
+    """SpeedNet's start with its first layer set from the training set, when it is first needed.
+
+    Args:
+        init_fn: `init_fn(key) -> (params, model_state)`, as `functional` gives it.
+        train: arrays or a source with "image", uint8 `[H, W, C]` each. Of arrays the first 5,000 images
+            count, of a source, which may be in order of classes, as many from all over it; fewer where
+            they are larger than 32x32.
+
+    Returns:
+        the new `init_fn`.
+    """
+
+    @functools.cache
+    def kernel() -> np.ndarray:
+        if isinstance(train, Mapping):
+            images = train["image"][: _num_seen(train["image"].shape)]
+        else:
+            count = _num_seen((len(train), *np.shape(train[0]["image"])))
+            images = np.stack([train[i * len(train) // count]["image"] for i in range(count)])
+        with jax.ensure_compile_time_eval():
+            return _whitening_kernel(np.asarray(normalize_images(jnp.asarray(images))), 5e-4)
+
+    def init(key: Array) -> tuple[Params, PyTree]:
+        params, model_state = init_fn(key)
+        return _with_kernel(params, kernel()), model_state
+
+    return init
+
+
+def _num_seen(shape: Sequence[int]) -> int:
+    pixels = shape[1] * shape[2]
+    return min(shape[0], max(1, 5000 * 32 * 32 // pixels))
+
+
+def _whitening_kernel(images: np.ndarray, epsilon: float) -> np.ndarray:
+    """`[PATCH, PATCH, C, 2 PATCH PATCH C]`."""
+    height, width = (n - PATCH + 1 for n in images.shape[1:3])
+    size = PATCH * PATCH * images.shape[3]
+    total, count = np.zeros((size, size)), len(images) * height * width
+    for block in np.array_split(images, -(-len(images) // 500)):  # so that patches take little memory
+        x_NHWC = np.asarray(block, np.float64)
+        patches = np.concatenate(
+            [x_NHWC[:, i : i + height, j : j + width] for i in range(PATCH) for j in range(PATCH)],
+            axis=-1,
+        ).reshape(-1, size)
+        total += patches.T @ patches
+    variances, vectors = np.linalg.eigh(total / count)
+    kernel = (vectors / np.sqrt(variances + epsilon)).reshape(PATCH, PATCH, images.shape[3], -1)
+    return np.concatenate([kernel, -kernel], axis=-1)
+
+
+def _with_kernel(params: Mapping[str, Any], kernel: np.ndarray) -> Any:
     old = params["whiten"]
     return {**params, "whiten": {**old, "kernel": jnp.asarray(kernel, old["kernel"].dtype)}}

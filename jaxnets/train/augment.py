@@ -119,7 +119,8 @@ def cutout(x: Array, side: int, *, key: Array, position: Array) -> Array:
 def mixup_weights(alpha: float, *, key: Array, position: Array) -> Array:
     """The share of each example that stays when it is mixed with a partner.
 
-    Mix as `w * x + (1 - w) * partner`, images and losses alike (Zhang et al. 2018, arXiv 1710.09412).
+    Mix as `w * x + (1 - w) * partner`, images and losses alike (Zhang et al. 2018, arXiv 1710.09412);
+    `batch["partner"]` holds the partners where `Batches` draws them.
 
     Args:
         alpha: of the distribution Beta(alpha, alpha), above 0.

@@ -225,7 +225,7 @@ class ShowProgress:
         every_s: seconds between plain lines.
         first: the step that the run goes on from.
         clock: of the loop; with it the share of the time that went into waiting for data is shown.
-        mfu: `mfu(examples_per_second)` is shown, unless it is None.
+        mfu: `mfu(step, examples_per_second)` is shown, unless it is None.
         console: where to; standard error by default.
     """
 
@@ -239,7 +239,7 @@ class ShowProgress:
         every_s: float = 5.0,
         first: int = 0,
         clock: Clock | None = None,
-        mfu: Callable[[float], float | None] = lambda examples_per_second: None,
+        mfu: Callable[[int, float], float | None] = lambda step, examples_per_second: None,
         console: Console | None = None,
     ):
         self._num_steps, self._batch_size, self._unit = num_steps, batch_size, unit
@@ -248,6 +248,7 @@ class ShowProgress:
         self._console = console or Console(stderr=True)
         self._every_s = 0.2 if self._console.is_terminal else every_s
         self._mark: tuple[float, int, float] | None = None
+        self._compiled = 0.0  # seconds of the clock's, at the mark
         self._printed = -1
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -271,8 +272,10 @@ class ShowProgress:
         """Show the step, if there is news or the last showing is old enough."""
         now = time.perf_counter()
         self._print_evaluations()
-        if self._mark is None:  # the first step compiles: the clock starts behind it
-            self._mark = (now, step, self._evaluate.seconds)
+        if self._mark is None or self._clock.compile != self._compiled:
+            # The first step of a program compiles it: the clock starts behind it.
+            self._mark, self._compiled = (now, step, self._evaluate.seconds), self._clock.compile
+            self._bar.update(self._task, completed=step)
             return
         then, before, evaluating = self._mark
         if now - then < self._every_s and step < self._num_steps:
@@ -281,15 +284,15 @@ class ShowProgress:
         speed = (step - before) * self._batch_size / seconds
         loss = metrics.read()["loss"]
         left = (self._num_steps - step) * self._batch_size / max(speed, 1e-9)
-        status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s{self._shares(speed)}"
+        status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s{self._shares(step, speed)}"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_terminal:
             self._say(f"step {step}/{self._num_steps}  {status}  {left:.0f} s left")
         self._mark = (now, step, self._evaluate.seconds)
 
-    def _shares(self, speed: float) -> str:
+    def _shares(self, step: int, speed: float) -> str:
         """Model FLOPs utilisation and the wait for data since the last showing."""
-        mfu, times = self._mfu(speed), (self._clock.data, self._clock.train)
+        mfu, times = self._mfu(step, speed), (self._clock.data, self._clock.train)
         data, train = (now - before for now, before in zip(times, self._times, strict=True))
         self._times = times
         text = "" if mfu is None else f"  MFU {mfu:.1%}"

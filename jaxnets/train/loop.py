@@ -150,6 +150,8 @@ def fit(
         if is_new:
             jax.block_until_ready(values)
         dispatched = time.perf_counter()
+        if is_new:
+            clock.compile += dispatched - start
         metrics = StepMetrics(i + 1, values, index, clock)
         # 3. Read the previous step's guard: one step late, so that the device always has work.
         if previous is not None:
@@ -159,9 +161,7 @@ def fit(
         # 4. Call the hooks.
         reasons = [hook(i + 1, state, metrics) for hook in hooks]
         stop = next((reason for reason in reasons if reason), None)
-        if is_new:
-            clock.compile += dispatched - start
-        else:
+        if not is_new:
             clock.data += drawn - start
             clock.dispatch += dispatched - drawn
             clock.steps += 1

@@ -162,11 +162,7 @@ def by_path(
             decides about no parameter, or no pattern is found in a parameter's path.
     """
     patterns = [pattern for pattern, _ in rules]
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+    _check_patterns(patterns)
 
     def label(params: Params) -> PyTree:
         paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
@@ -201,10 +197,28 @@ def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.G
         patterns: regular expressions, each searched for in paths such as "conv1/kernel".
 
     Raises:
-        ConfigError: if a pattern is no regular expression; when the state is made, if one is found in
-            no path, or nothing is left to learn.
+        ConfigError: when the state is made, if a pattern is found in no path, or nothing is left to
+            learn.
     """
-    return by_path([*((pattern, _keep()) for pattern in patterns), (".*", tx)])
+    _check_patterns(patterns)
+
+    def label(params: Params) -> PyTree:
+        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
+        names = jax.tree.leaves(paths)
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise errors.ConfigError(
+                    f"nothing to freeze: {pattern!r} is in none of {', '.join(names)}"
+                )
+
+        def is_frozen(name: str) -> bool:
+            return any(re.search(pattern, name) for pattern in patterns)
+
+        if all(is_frozen(name) for name in names):
+            raise errors.ConfigError(f"{', '.join(patterns)} freezes every parameter")
+        return jax.tree.map(lambda name: "frozen" if is_frozen(name) else "learnt", paths)
+
+    return optax.partition({"learnt": tx, "frozen": _keep()}, label)
 
 
 def _keep() -> optax.GradientTransformation:
@@ -225,6 +239,14 @@ def _decayed(
     if not weight_decay:
         return descent
     return optax.chain(optax.add_decayed_weights(weight_decay, decay_mask), descent)
+
+
+def _check_patterns(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def check_numbers(learning_rate: Rate, weight_decay: float, *, momentum: float) -> None:

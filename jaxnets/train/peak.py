@@ -1,9 +1,10 @@
 """What the devices could do at most, in floating-point operations a second."""
 
 import dataclasses
+import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,8 +68,23 @@ class Usage:
         return self.flops_per_example * examples_per_second / self.peak if self.peak else None
 
 
-def usage_of(loss_fn: LossFn, state: TrainState, batch: Batch, devices: Sequence[Any]) -> Usage:
-    """Count a model's operations and find out what the devices can do.
+def mean_usage(usages: Mapping[int, Usage], num_steps: int) -> Usage:
+    """The mean over the first steps of a run, if each usage holds from its step until the next one's.
+
+    Example:
+        >>> usages = {0: Usage(100.0), 30: Usage(200.0)}
+        >>> [mean_usage(usages, n).flops_per_example for n in (0, 20, 40)]
+        [100.0, 100.0, 125.0]
+    """
+    begins = [*usages, max(num_steps, *usages)]
+    shares = [max(0, min(end, num_steps) - begin) for begin, end in itertools.pairwise(begins)]
+    total = sum(share * x.flops_per_example for share, x in zip(shares, usages.values(), strict=True))
+    first = next(iter(usages.values()))
+    return dataclasses.replace(first, flops_per_example=total / num_steps) if num_steps else first
+
+
+def usage_of(loss_fn: LossFn, state: TrainState, batch: Batch, peak: float | None) -> Usage:
+    """Count a model's operations.
 
     A training step is taken for three forward passes: one forward, two for the gradients.
 
@@ -76,14 +92,14 @@ def usage_of(loss_fn: LossFn, state: TrainState, batch: Batch, devices: Sequence
         loss_fn: as `jaxnets.train.make_train_step` takes it.
         state: shapes and dtypes will do.
         batch: the same, `{name: [B, ...]}`.
-        devices: over which the batch is spread.
+        peak: of the devices over which the batch is spread.
     """
 
     def forward(state: TrainState, batch: Batch) -> Any:
         return loss_fn(state.params, state.model_state, batch, key=state.key)[0]
 
     size = next(iter(batch.values())).shape[0]
-    return Usage(3 * count_flops(forward, state, batch) / size, peak_flops(devices))
+    return Usage(3 * count_flops(forward, state, batch) / size, peak)
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:

@@ -244,9 +244,17 @@ jax.tree_util.register_pytree_node(  # JAX takes a subclass of dict for a leaf
 )
 
 
-def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Array]:
-    """The batch that a draw names: the rows of every array, and the draw itself."""
-    return {name: jnp.take(x, draw["index"], axis=0) for name, x in arrays.items()} | dict(draw)
+def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Any]:
+    """The batch that a draw names: the rows of every array, and the draw itself.
+
+    If the draw has partners their rows and their index are `batch["partner"]`.
+    """
+    batch: dict[str, Any] = {name: jnp.take(x, draw["index"], axis=0) for name, x in arrays.items()}
+    batch |= draw
+    if "partner" in draw:
+        rows = {name: jnp.take(x, draw["partner"], axis=0) for name, x in arrays.items()}
+        batch["partner"] = rows | {"index": draw["partner"]}
+    return batch
 
 
 def make_strategy(

@@ -183,3 +183,18 @@ def test_take_gathers_rows_and_keeps_the_draw():
 def test_take_refuses_a_name_of_the_draw():
     with pytest.raises(errors.ConfigError, match="mask"):
         take({"mask": np.ones(6)}, Batches(6, 4, 6)[0])
+
+
+def test_partners_are_another_shuffled_stream():
+    batches = Batches(50, 8, 95, seed=3, partners=True)
+    plain = Batches(50, 8, 95, seed=3)
+    for i, draw in enumerate(batches):
+        for name, x in plain[i].items():
+            np.testing.assert_array_equal(draw[name], x)
+        assert draw["partner"].dtype == np.int32
+        assert not draw["partner"].flags.writeable
+    drawn = np.concatenate([draw["partner"] for draw in batches])
+    assert sorted(drawn[:50]) == list(range(50))  # each once in an epoch
+    index = np.concatenate([draw["index"] for draw in batches])
+    assert (drawn[:50] == index[:50]).mean() < 0.2
+    assert (drawn[:46] != drawn[50:]).any()

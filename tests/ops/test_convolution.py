@@ -21,7 +21,7 @@ def draw_arrays(seed, *shapes):
     return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_tiles_equal_the_convolution_and_its_gradients(data):
     window = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)), "window")

@@ -10,7 +10,7 @@ from jaxnets import registry
 from jaxnets.data import Batches, load
 
 MODELS = [
-    name if name in ("lenet", "convnet", "mlp") else pytest.param(name, marks=pytest.mark.long)
+    name if name in ("convnet", "mlp") else pytest.param(name, marks=pytest.mark.long)
     for name in registry.names("model")
     if name in tiny.TINY
 ]
@@ -34,10 +34,7 @@ def test_float64_after_50_steps(name, x64):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("lenet", "mlp") else pytest.param(name, marks=pytest.mark.long)
-        for name in tiny.TINY
-    ],
+    [name if name == "mlp" else pytest.param(name, marks=pytest.mark.long) for name in tiny.TINY],
 )
 def test_float32(name):
     """After one step for every model; after 50 for those without batch statistics.

@@ -77,7 +77,8 @@ def test_waiting_for_a_step_is_training_time_whoever_waits():
         assert clock.hooks < 0.5 * clock.train, clock
 
 
-def test_later_programs_take_over_at_their_step_and_after_a_resume():
+@pytest.mark.parametrize("stop_at", [3, 5, 7])
+def test_later_programs_take_over_at_their_step_and_after_a_resume(stop_at):
     step, state = start()
     batches = Batches(12, 4, 36, seed=1)
     called = []
@@ -96,7 +97,6 @@ def test_later_programs_take_over_at_their_step_and_after_a_resume():
     assert clock.steps == 6  # without the first of each program, where it compiles
     assert clock.compile > 0.05
     called.clear()
-    stop_at = 5
     step, state = start()
     state, _ = fit(
         program("a"),
@@ -186,7 +186,7 @@ def test_the_progress_shows_what_the_time_went_into(monkeypatch):
     clock = Clock()
     evaluation = Evaluate(lambda state: {}, None, lambda step: False)
     show = ShowProgress(
-        3, 10, evaluation, every_s=1.0, clock=clock, mfu=lambda speed: speed / 100,
+        3, 10, evaluation, every_s=1.0, clock=clock, mfu=lambda step, speed: speed / 100,
         console=Console(file=text),
     )  # fmt: skip
     for step in (1, 2, 3):

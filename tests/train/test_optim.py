@@ -90,10 +90,18 @@ def test_freezing_leaves_bits_and_the_rest_learns_as_before():
     assert (4, 3) in kept
 
 
+def test_patterns_to_freeze_may_overlap():
+    start = params()
+    after = run(optim.frozen(optax.sgd(0.1), ["^conv", "conv/bias", "kernel$"]))
+    assert bits(after["conv"]) == bits(start["conv"])
+    assert bits(after["head"]["kernel"]) == bits(start["head"]["kernel"])
+    assert bits(after["head"]["bias"]) != bits(start["head"]["bias"])
+
+
 def test_freezing_nothing_or_everything_is_an_error():
     with pytest.raises(errors.ConfigError, match=r"'cnv' is in none of conv/bias, conv/kernel"):
         optim.frozen(optax.sgd(0.1), ["cnv"]).init(params())
-    with pytest.raises(errors.ConfigError, match="no parameter left"):
+    with pytest.raises(errors.ConfigError, match="freezes every parameter"):
         optim.frozen(optax.sgd(0.1), ["conv", "head"]).init(params())
 
 
@@ -161,6 +169,9 @@ def test_the_first_pattern_decides_which_optimizer():
         for path, x in jax.tree.leaves_with_path(updates)
     }
     assert found == {"conv/kernel": -1.0, "conv/bias": -3.0, "head/kernel": -2.0, "head/bias": -3.0}
+    rules = [("head", optax.sgd(1.0)), ("head/kernel", optax.sgd(2.0)), (".*", optax.sgd(3.0))]
+    with pytest.raises(errors.ConfigError, match="'head/kernel' has no parameter left"):
+        optim.by_path(rules).init(params())
     with pytest.raises(errors.ConfigError, match="no optimizer for conv/bias"):
         optim.by_path([("kernel", optax.sgd(1.0))]).init(params())
     with pytest.raises(errors.ConfigError, match="no regular expression"):
