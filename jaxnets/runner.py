@@ -91,7 +91,11 @@ def make_usages(recipe: Recipe, strategy: sharding.Strategy) -> dict[int, Usage]
     for begin, loss_fn in recipe.loss_fns.items():
         try:
             usages[begin] = usage_of(loss_fn, state, batch, peak)
-        except FlaxError as error:
+        except errors.UserError:
+            raise
+        except (FlaxError, ValueError) as error:
+            if not recipe.stages:  # the model was made for this size, so it is something else
+                raise
             line = str(error).splitlines()[0]
             raise errors.ConfigError(
                 f"the model does not fit what it is trained on from step {begin} on: {line}"

@@ -62,7 +62,7 @@ STAGES = [
 
 
 def test_a_short_run_in_stages(tmp_path, capsys):
-    words = [*STAGES, "--steps", "3", "--train-sizes", "8", "12", "--num-devices", "1"]
+    words = [*STAGES, "--steps", "3", "--train-sizes", "9", "16", "--num-devices", "1"]
     assert train(tmp_path / "r", *words) == 0
     assert "compiled again" not in capsys.readouterr().err
     result = json.loads((tmp_path / "r" / "result.json").read_text())
@@ -74,7 +74,7 @@ def test_a_short_run_in_stages(tmp_path, capsys):
                 batch_size=32,
                 steps=3,
                 window=28,
-                train_sizes=(8, 12),
+                train_sizes=(9, 16),
             ),
             RunOptions(),
         ),
@@ -142,7 +142,7 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
     own = {name: batch[name] for name in ("image", "label", "index")}
     same = {**batch, "partner": own}
     np.testing.assert_allclose(losses_of(mixed, same), losses_of(plain, batch), rtol=1e-5)
-    assert (np.abs(losses_of(mixed, batch) - losses_of(plain, batch)) > 1e-3).all()
+    assert np.abs(losses_of(mixed, batch) - losses_of(plain, batch)).mean() > 1e-2
     # An image that is mixed with itself under another label: the labels' losses in complementary shares.
     # What is left of the first with the labels the other way round is what was taken before.
     label = (batch["label"] + 1) % 10
@@ -150,7 +150,7 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
     back = losses_of(mixed, {**same, "label": label, "partner": own})
     both = losses_of(plain, batch) + losses_of(plain, {**batch, "label": label})
     np.testing.assert_allclose(there + back, both, rtol=1e-5)
-    assert (np.abs(there - back) > 1e-3).all()
+    assert np.abs(there - back).mean() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
         (["--whiten"], "only speednet has a first layer to whiten, not lenet"),
         (["--window", "40"], "window 40 exceeds the image"),
         (["--train-sizes", "0"], "sizes of images are at least 1 pixel"),
+        (["--model", "speednet", "--train-sizes", "4", "32"], "does not fit what it is trained on"),
         (["--train-sizes", "28", "32"], "the model does not fit what it is trained on"),
         (["--train-sizes", "32", "28", "--steps", "0"], "steps must be at least 1"),
     ],
