@@ -47,9 +47,8 @@ class Config:
     whiten: bool = False  # set SpeedNet's first layer to whiten patches, and freeze its kernel
     label_smoothing: float = 0.0  # probability taken from the label
     crop: int = 0  # pixels by which images move, at most
-    window: int = (
-        0  # pixels a side of a square of the image, anywhere, to train on (evaluation has all); 0 is all
-    )
+    # Pixels a side of a square, anywhere in the image, to train on; 0, and evaluation, take all of it.
+    window: int = 0
     flip: str = "none"  # none, random, or alternate: the other way round in every second epoch
     cutout: int = 0  # pixels a side of a blank square
     mixup: float = 0.0  # alpha of the share by which images are mixed with others; 0 is not at all
@@ -193,7 +192,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     )
 
 
-_MIXED = 10**6  # folded into the key for partners: the augmentations' keys are near it otherwise
+_MIXED = 10**6  # folded into the key of what is drawn for mixing, to be unlike the others
 
 # Parts of the recipe that the PyTorch reference refuses where they are in use.
 _ONLY_HERE = (

@@ -148,7 +148,8 @@ def whitened(
         init_fn: `init_fn(key) -> (params, model_state)`, as `functional` gives it.
         train: arrays or a source with "image", uint8 `[H, W, C]` each. Of arrays the first 5,000 images
             count, of a source, which may be in order of classes, as many from all over it; fewer where
-            they are larger than 32x32.
+            they are larger than 32x32. `normalize_images` makes
+            numbers of them, with its defaults.
 
     Returns:
         the new `init_fn`.

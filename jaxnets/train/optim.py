@@ -148,45 +148,6 @@ def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTran
     return optax.chain(optax.clip_by_global_norm(norm), tx)
 
 
-def by_path(
-    rules: Sequence[tuple[str, optax.GradientTransformation]],
-) -> optax.GradientTransformation:
-    """Different optimizers for different parameters.
-
-    Args:
-        rules: ordered (pattern, optimizer): a parameter is changed by that of the first regular
-            expression that is found in its path, such as "conv1/kernel".
-
-    Raises:
-        ConfigError: if a pattern is no regular expression; when the state is made, if one of them
-            decides about no parameter, or no pattern is found in a parameter's path.
-    """
-    patterns = [pattern for pattern, _ in rules]
-    _check_patterns(patterns)
-
-    def label(params: Params) -> PyTree:
-        paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
-
-        def first(name: str) -> int:
-            found = (i for i, pattern in enumerate(patterns) if re.search(pattern, name))
-            if (number := next(found, None)) is None:
-                raise errors.ConfigError(f"no optimizer for {name}: none of {patterns} is in it")
-            return number
-
-        labels = jax.tree.map(first, paths)
-        names = jax.tree.leaves(paths)
-        for number in sorted(set(range(len(rules))) - set(jax.tree.leaves(labels))):
-            pattern = patterns[number]
-            if any(re.search(pattern, name) for name in names):
-                raise errors.ConfigError(
-                    f"{pattern!r} has no parameter left: {patterns[:number]} come before"
-                )
-            raise errors.ConfigError(f"{pattern!r} is in none of {', '.join(names)}")
-        return labels
-
-    return optax.partition({i: tx for i, (_, tx) in enumerate(rules)}, label)
-
-
 def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
     """Leave parameters as they are, bit for bit; the optimizer keeps nothing for them.
 
@@ -200,7 +161,11 @@ def frozen(tx: optax.GradientTransformation, patterns: Sequence[str]) -> optax.G
         ConfigError: when the state is made, if a pattern is found in no path, or nothing is left to
             learn.
     """
-    _check_patterns(patterns)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
 
     def label(params: Params) -> PyTree:
         paths = jax.tree_util.tree_map_with_path(lambda path, _: path_of(path), params)
@@ -239,14 +204,6 @@ def _decayed(
     if not weight_decay:
         return descent
     return optax.chain(optax.add_decayed_weights(weight_decay, decay_mask), descent)
-
-
-def _check_patterns(patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise errors.ConfigError(f"{pattern!r} is no regular expression: {error}") from None
 
 
 def check_numbers(learning_rate: Rate, weight_decay: float, *, momentum: float) -> None:

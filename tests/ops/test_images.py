@@ -68,3 +68,6 @@ def test_a_smaller_image_is_made_of_means():
     # A triangle over four pixels: on a plane, away from the border, the mean of the middle two.
     means = x.reshape(2, 4, 2, 4, 2, 3).mean((2, 4))
     np.testing.assert_allclose(half[:, 1:3, 1:3], means[:, 1:3, 1:3], rtol=1e-5)
+    # One bright pixel reaches two places each way, three eighths and one eighth of it.
+    bright = ops.resize_images(jnp.zeros((1, 8, 8, 1)).at[0, 4, 4].set(1), (4, 4))[0, :, :, 0]
+    np.testing.assert_allclose(bright, np.outer([0, 1, 3, 0], [0, 1, 3, 0]) / 64, atol=1e-6)

@@ -40,7 +40,9 @@ def test_every_optimizer_goes_down_a_valley(name):
     start = jax.tree.map(lambda p: p * 0 + 1.0, params())
 
     def height(values):
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(values))
+        # The kernels of convolutions, whose norm muon_sgd sets, would be lower without a step.
+        counted = [x for x in jax.tree.leaves(values) if name != "muon_sgd" or x.ndim <= 2]
+        return sum(jnp.sum(x**2) for x in counted)
 
     values, state = start, tx.init(start)
     update = jax.jit(tx.update)
@@ -138,6 +140,12 @@ def test_singular_values_come_near_one_and_vectors_stay(shape, x64):
     np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-12)
     assert (abs(np.diag(found) - 1) < 0.35).all()
     assert values.max() / values.min() > 1.9  # they were not so before
+    spread = np.diag(np.geomspace(0.01, 1, 12)) / np.linalg.norm(np.geomspace(0.01, 1, 12))
+    for iterations, low, high in ((3, 0.40, 1.21), (5, 0.68, 1.14)):
+        taken = np.diag(
+            muon.orthogonalize(jnp.asarray(np.maximum(spread, 0.01 * np.eye(12))), iterations)
+        )
+        assert low < taken.min() <= taken.max() < high
 
 
 def test_muon_sgd_keeps_the_norm_of_kernels_and_descends_in_the_rest():
@@ -156,23 +164,3 @@ def test_muon_sgd_keeps_the_norm_of_kernels_and_descends_in_the_rest():
     for name, scale in (("kernel", 5.5), ("bias", 110.0)):
         expected = -rate * scale * 1.85 * np.asarray(grads["head"][name])
         np.testing.assert_allclose(updates["head"][name], expected, rtol=1e-5)
-
-
-def test_the_first_pattern_decides_which_optimizer():
-    tx = optim.by_path(
-        [("^conv/kernel", optax.sgd(1.0)), ("kernel", optax.sgd(2.0)), (".*", optax.sgd(3.0))]
-    )
-    ones = jax.tree.map(jnp.ones_like, params())
-    updates, _ = tx.update(ones, tx.init(params()), params())
-    found = {
-        "/".join(p.key for p in path): float(x.ravel()[0])
-        for path, x in jax.tree.leaves_with_path(updates)
-    }
-    assert found == {"conv/kernel": -1.0, "conv/bias": -3.0, "head/kernel": -2.0, "head/bias": -3.0}
-    rules = [("head", optax.sgd(1.0)), ("head/kernel", optax.sgd(2.0)), (".*", optax.sgd(3.0))]
-    with pytest.raises(errors.ConfigError, match="'head/kernel' has no parameter left"):
-        optim.by_path(rules).init(params())
-    with pytest.raises(errors.ConfigError, match="no optimizer for conv/bias"):
-        optim.by_path([("kernel", optax.sgd(1.0))]).init(params())
-    with pytest.raises(errors.ConfigError, match="no regular expression"):
-        optim.by_path([("(", optax.sgd(1.0))])
