@@ -141,7 +141,7 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
         assert stop.signal is not None
         return 128 + stop.signal
     evaluated = result["eval"]
-    pictures = ", confusion.png, samples.png" if recipe.predict_fn else ""
+    pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
         f"after {result['epochs']:g} epochs; {result['train_seconds']:.1f} s of training, "

@@ -64,7 +64,9 @@ STAGES = [
 def test_a_short_run_in_stages(tmp_path, capsys):
     words = [*STAGES, "--steps", "3", "--train-sizes", "9", "16", "--num-devices", "1"]
     assert train(tmp_path / "r", *words) == 0
-    assert "compiled again" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "compiled again" not in err
+    assert "confusion.png" not in out  # without pictures
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     usages = runner.make_usages(
         cifar10.make_recipe(
