@@ -125,7 +125,7 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
-    runner.check_recipe(recipe, strategy, options)
+    usages = runner.check_recipe(recipe, strategy, options)
     values = to_json(config)
     opened = run_folder.open_run(
         folder,
@@ -136,7 +136,7 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
     )
     with opened, hooks.StopOnSignal().installed() as stop:
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
-        result = runner.train(folder, recipe, options, strategy, stop=stop, on_start=on_start)
+        result = runner.train(folder, recipe, options, strategy, usages, stop=stop, on_start=on_start)
     if result is None:
         assert stop.signal is not None
         return 128 + stop.signal

@@ -68,7 +68,7 @@ def test_a_short_run_in_stages(tmp_path, capsys):
     assert "compiled again" not in err
     assert "confusion.png" not in out  # without pictures
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    usages = runner.make_usages(
+    usages = runner.check_recipe(
         cifar10.make_recipe(
             cifar10.Config(
                 dataset="digits",
@@ -173,7 +173,7 @@ def test_stages_that_cannot_be_are_one_line(tmp_path, capsys, words, message):
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1
     assert message in err[0]
-    assert not (tmp_path / "r" / "config.json").exists()
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.long

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 
 def draw_curves(rows: Sequence[Mapping[str, float | None]], path: Path, *, title: str = "") -> None:
     """Draw every metric over the steps, training and evaluation of one metric in one panel.
@@ -14,6 +12,8 @@ def draw_curves(rows: Sequence[Mapping[str, float | None]], path: Path, *, title
         path: the PNG to write.
         title: above the panels.
     """
+    from matplotlib.figure import Figure  # here, since it takes half a second of a program's start
+
     names = list(dict.fromkeys(name.removeprefix("eval/") for row in rows for name in row))
     names = [name for name in names if name not in ("step", "epoch", "count")]
     last = ("grad_norm", "learning_rate")

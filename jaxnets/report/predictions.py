@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 _MAX_NUMBERS = 30  # classes up to which each cell has its number
 
@@ -62,6 +60,8 @@ def draw_confusion(
         path: the PNG to write.
         class_names: one for each class; numbers if there are none.
     """
+    from matplotlib.figure import Figure  # here, since it takes half a second of a program's start
+
     names = list(class_names) or [str(i) for i in range(int(max(label.max(), prediction.max())) + 1)]
     size = len(names)
     counts_VV = count_confusions(label, prediction, size)
@@ -106,6 +106,8 @@ def draw_samples(
         path: the PNG to write.
         class_names: one for each class; numbers if there are none.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     def name(number: int) -> str:
         return class_names[number] if class_names else str(number)
