@@ -123,6 +123,8 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
     for name in ("log_every", "eval_every", "checkpoint_every", "profile_steps"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
+    if options.keep_best < 1:
+        raise errors.ConfigError(f"keep_best is {options.keep_best}; the best checkpoint is always kept")
     strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
     usages = runner.check_recipe(recipe, strategy, options)

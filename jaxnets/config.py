@@ -53,6 +53,8 @@ class RunOptions:
     """Steps between evaluations; 0 is once for each epoch."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is after each evaluation."""
+    keep_best: int = 1
+    """How many of the checkpoints that evaluation found best are kept, beside the latest."""
     checkpoint: str = "latest"
     """Which checkpoint `eval` reads: latest, best, or the number of a step."""
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()

@@ -106,7 +106,9 @@ def train(
     """
     num_steps = recipe.num_steps
     clock = Clock()
-    with checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize) as checkpoints:
+    with checkpoint.Checkpoints(
+        folder / "checkpoints", maximize=recipe.maximize, num_best=options.keep_best
+    ) as checkpoints:
         state, spent = _start(checkpoints, recipe, strategy, folder)
         on_start()
         first = int(state.step)

@@ -20,7 +20,18 @@ PARTS = [
     *("--optimizer", "adamw", "--learning-rate", "0.01", "--weight-decay", "0.1"),
     *("--schedule", "cosine", "--warmup", "0.2", "--clip-norm", "1", "--ema-decay", "0.8"),
     *("--no-decay-biases", "--freeze", "^dense1/bias", "--crop", "2", "--flip", "alternate"),
-    *("--cutout", "8", "--mixup", "0.4", "--flip-eval", "--log-every", "1", "--checkpoint-every", "5"),
+    *(
+        "--cutout",
+        "8",
+        "--mixup",
+        "0.4",
+        "--eval-views",
+        "6",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "5",
+    ),
 ]
 
 
@@ -160,6 +171,7 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
     [
         (["--mixup", "0.2", "--stream"], "only where the data is kept in memory"),
         (["--mixup", "nan"], "mixup must be a finite number"),
+        (["--eval-views", "3"], "eval_views is one of (1, 2, 6), not 3"),
         (["--whiten"], "only speednet has a first layer to whiten, not lenet"),
         (["--window", "40"], "window 40 exceeds the image"),
         (["--train-sizes", "0"], "sizes of images are at least 1 pixel"),
@@ -199,7 +211,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         "--steps",
         "30",
     ]
-    flags += ["--learning-rate", "0", "--eval-every", "4", "--patience", "2"]
+    flags += ["--learning-rate", "0", "--eval-every", "4", "--patience", "2", "--keep-best", "2"]
     folder = tmp_path / "run"
     assert train(folder, *flags) == 0
     assert "ended after step 12: 2 evaluations without a better one" in capsys.readouterr().err
@@ -207,6 +219,12 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
     assert (result["steps"], result["epochs"]) == (12, round(12 * 64 / 1438, 4))
     before = rows(folder)
     assert [row["step"] for row in before if "eval/accuracy" in row] == [4, 8, 12]
+    # The two best of equals are the earlier ones.
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "00000004",
+        "00000008",
+        "00000012",
+    ]
     assert train(folder, *flags) == 0
     assert rows(folder) == before
     assert json.loads((folder / "result.json").read_text()) == result
@@ -226,6 +244,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         (["--crop", "32"], "is not less than the image"),
         (["--profile-steps", "-1"], "profile_steps is -1"),
         (["--warmup", "1"], "warmup"),
+        (["--keep-best", "0"], "keep_best is 0"),
     ],
 )
 def test_bad_parts_are_one_clear_line(tmp_path, capsys, words, message):

@@ -3,6 +3,8 @@
 from jaxnets.ops.convolution import convolve as convolve
 from jaxnets.ops.forms import plain as plain
 from jaxnets.ops.hash import row_bits as row_bits
+from jaxnets.ops.images import VIEWS as VIEWS
+from jaxnets.ops.images import image_views as image_views
 from jaxnets.ops.images import normalize_images as normalize_images
 from jaxnets.ops.images import resize_images as resize_images
 from jaxnets.ops.partition import constrain as constrain

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from jaxnets.typing import Array
 
+VIEWS = (1, 2, 6)
+"""How many views `image_views` makes."""
+
 
 def normalize_images(
     image: Array, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
@@ -47,3 +50,33 @@ def resize_images(x: Array, size: tuple[int, int]) -> Array:
     if x.shape[1:3] == tuple(size):
         return x
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=True)
+
+
+def image_views(x: Array, count: int) -> list[tuple[float, Array]]:
+    """Views of each image whose mean prediction is better than that of the image alone.
+
+    The six of Jordan (2024, arXiv 2404.00498): what is moved has half of the weight, and every view is
+    there as its mirror image too.
+
+    Args:
+        x: `[B, H, W, C]`, H and W at least 2 where images are moved.
+        count: 1, the image; 2, and its mirror image; or 6, and both moved by a pixel up and left, and
+            by one down and right, the border reflected.
+
+    Returns:
+        the weight, of a sum of 1, and the images `[B, H, W, C]` of each view.
+
+    Raises:
+        ValueError: for another count.
+    """
+    if count not in VIEWS:
+        raise ValueError(f"there are 1, 2 or 6 views of an image, not {count}")
+    height, width = x.shape[1:3]
+    views = [(1.0, x)]
+    if count == 6:
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        moved = [padded[:, low : low + height, low : low + width] for low in (2, 0)]
+        views = [(0.5, x), *((0.25, y) for y in moved)]
+    if count > 1:
+        views = [(weight / 2, y) for weight, x in views for y in (x, x[:, :, ::-1])]
+    return views

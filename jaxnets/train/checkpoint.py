@@ -54,7 +54,7 @@ class Manifest:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest one and the best one are kept.
+    """The checkpoints of one run: the latest one and the best ones are kept.
 
     Saving returns as soon as the state is copied; files, digests and the manifest are written by a
     thread. Older checkpoints are deleted only after a newer one is complete. Use it as a context, or
@@ -63,11 +63,15 @@ class Checkpoints:
     Args:
         folder: where; made when the first step is saved.
         maximize: whether a greater score is the better one.
+        num_best: how many of the best are kept, at least 1.
     """
 
-    def __init__(self, folder: Path | str, *, maximize: bool = True):
+    def __init__(self, folder: Path | str, *, maximize: bool = True, num_best: int = 1):
+        if num_best < 1:
+            raise errors.ConfigError(f"at least the best checkpoint is kept, not the best {num_best}")
         self.folder = Path(folder).absolute()
         self._sign = 1 if maximize else -1
+        self._num_best = num_best
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
@@ -90,15 +94,19 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the best score, the earlier one of equals, or None if none has a score."""
-        ranked = []
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[int]:
+        """The steps that have a score, the best one first, the earlier one of equals before the later.
+
+        A score that isn't a number counts as none.
+        """
+        scores = {}
         for step in self.steps():
-            try:
-                score = self.manifest(step).score
-            except errors.CheckpointError:
-                continue  # damaged, or deleted by the run while we look
-            if score is not None:
-                ranked.append((self._sign * score, -step))
-        return -max(ranked)[1] if ranked else None
+            with contextlib.suppress(errors.CheckpointError):  # damaged, or deleted while we look
+                scores[step] = self.manifest(step).score
+        scored = [step for step, score in scores.items() if score is not None and score == score]
+        return sorted(scored, key=lambda step: (-self._sign * scores[step], step))
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -150,7 +158,7 @@ class Checkpoints:
             state: may be donated to the next step as soon as this returns.
             score: of the monitored metric, if the state was evaluated.
             extra: what JSON can hold.
-            keep: steps to keep beside this one and the best one.
+            keep: steps to keep beside this one and the best ones.
 
         Raises:
             CheckpointError: if the earlier save failed.
@@ -258,7 +266,7 @@ class Checkpoints:
         _sync(self.folder)
         # The step is complete. What can't be deleted now is tried again after the next save.
         with contextlib.suppress(OSError):
-            for old in set(self.steps()) - keep - {step, self.best()}:
+            for old in set(self.steps()) - keep - {step, *self.ranked()[: self._num_best]}:
                 self.discard(old)
 
     def _verify(self, step: int, manifest: Manifest) -> None:

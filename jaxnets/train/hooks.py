@@ -91,7 +91,7 @@ class SaveCheckpoint:
         is_due: `is_due(step)`.
         score: `score(step)` is that step's value of the monitored metric, or None.
         extra: `extra()` is saved beside the state.
-        keep: `keep(step)` are steps to keep beside this one, the latest, and the best.
+        keep: `keep(step)` are steps to keep beside this one, the latest, and the best ones.
     """
 
     checkpoints: Checkpoints

@@ -71,3 +71,21 @@ def test_a_smaller_image_is_made_of_means():
     # One bright pixel reaches two places each way, three eighths and one eighth of it.
     bright = ops.resize_images(jnp.zeros((1, 8, 8, 1)).at[0, 4, 4].set(1), (4, 4))[0, :, :, 0]
     np.testing.assert_allclose(bright, np.outer([0, 1, 3, 0], [0, 1, 3, 0]) / 64, atol=1e-6)
+
+
+def test_six_views_of_an_image():
+    x = jnp.arange(2 * 4 * 5 * 3.0).reshape(2, 4, 5, 3)
+    assert [weight for weight, _ in ops.image_views(x, 1)] == [1]
+    assert [weight for weight, _ in ops.image_views(x, 2)] == [0.5, 0.5]
+    weights, views = zip(*ops.image_views(x, 6), strict=True)
+    assert weights == (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
+    for view, mirrored in zip(views[::2], views[1::2], strict=True):
+        np.testing.assert_array_equal(view[:, :, ::-1], mirrored)
+    one, up_left, down_right = (np.asarray(view) for view in views[::2])
+    np.testing.assert_array_equal(one, x)
+    np.testing.assert_array_equal(up_left[:, :-1, :-1], x[:, 1:, 1:])
+    np.testing.assert_array_equal(up_left[:, -1, :-1], x[:, -2, 1:])  # reflected
+    np.testing.assert_array_equal(down_right[:, 1:, 1:], x[:, :-1, :-1])
+    np.testing.assert_array_equal(down_right[:, 0, 0], x[:, 1, 1])
+    with pytest.raises(ValueError, match="1, 2 or 6 views"):
+        ops.image_views(x, 3)

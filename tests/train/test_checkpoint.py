@@ -101,6 +101,20 @@ def test_the_latest_and_the_best_are_kept(tmp_path, strategy):
         assert checkpoints.best() == 2
 
 
+def test_several_of_the_best_are_kept(tmp_path, strategy):
+    state = strategy.init(make_state)
+    kept = []
+    with Checkpoints(tmp_path / "c", num_best=2) as checkpoints:
+        for step, score in enumerate([0.1, 0.7, float("nan"), None, 0.7, 0.3, 0.8], start=1):
+            checkpoints.save(at_step(state, step), score=score)
+            checkpoints.wait()
+            kept.append(checkpoints.steps())
+        assert checkpoints.ranked() == [7, 2]
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [2, 5], [2, 5, 6], [2, 7]]
+    with pytest.raises(errors.ConfigError, match="not the best 0"):
+        Checkpoints(tmp_path / "c", num_best=0)
+
+
 def test_what_a_killed_save_left_is_no_checkpoint_and_goes(saved, strategy):
     folder, state = saved
     partial = folder / "00000007"
