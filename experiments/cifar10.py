@@ -9,6 +9,7 @@ images substituted). `--preset two-epochs` makes the claim true, with a network 
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from functools import partial
@@ -140,9 +141,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
 
     def predict_fn(params, model_state, batch):
         views = ops.image_views(ops.normalize_images(batch["image"]), config.eval_views)
-        return sum(
-            weight * apply_fn(params, model_state, x_BHWC, train=False)[0] for weight, x_BHWC in views
-        )
+        outputs = [weight * apply_fn(params, model_state, x, train=False)[0] for weight, x in views]
+        return functools.reduce(jnp.add, outputs)
 
     def eval_fn(params, model_state, batch):
         logits_BV = predict_fn(params, model_state, batch)
