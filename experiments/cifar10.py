@@ -57,8 +57,8 @@ class Config:
     # run, as 20 20 24 28: small images at first take less time. As they are by default, and always in
     # evaluation.
     train_sizes: tuple[int, ...] = ()
-    # Of an image, whose mean is evaluated: 2 are it and its mirror image, 6 are both of them as they
-    # are, moved by a pixel up and left, and down and right.
+    # Views of each image over whose logits evaluation takes the mean: 1, 2 (and its mirror image), or 6
+    # (and both moved by a pixel up and left, and down and right).
     eval_views: int = 1
     dtype: str = "float32"  # of the computation: float32 or bfloat16
     patience: int = 0  # evaluations without a better one after which the run ends; 0 is never
@@ -242,8 +242,8 @@ def _check(config: Config) -> None:
         raise errors.ConfigError(f"label smoothing lies in [0, 1], not {config.label_smoothing}")
     if config.flip not in ("none", "random", "alternate"):
         raise errors.unknown("flip", config.flip, ("none", "random", "alternate"))
-    if config.eval_views not in ops.VIEWS:
-        raise errors.ConfigError(f"eval_views is one of {ops.VIEWS}, not {config.eval_views}")
+    if config.eval_views not in ops.NUM_VIEWS:
+        raise errors.ConfigError(f"eval_views is one of {ops.NUM_VIEWS}, not {config.eval_views}")
     if config.dtype not in ("float32", "bfloat16"):
         raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
     if config.whiten and config.model != "speednet":

@@ -54,7 +54,8 @@ class RunOptions:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is after each evaluation."""
     keep_best: int = 1
-    """How many of the checkpoints that evaluation found best are kept, beside the latest."""
+    """How many of the checkpoints that evaluation found best are kept, beside the latest; going on
+    without this flag keeps one."""
     checkpoint: str = "latest"
     """Which checkpoint `eval` reads: latest, best, or the number of a step."""
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()

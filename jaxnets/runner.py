@@ -198,7 +198,7 @@ def train(
             checkpoints.wait()
         finally:
             log.close()
-        best = checkpoints.best()
+        best = checkpoints.ranked()[: options.keep_best]
     path = folder / "result.json"
     old = None
     if first == last and path.exists():  # nothing was trained: what it says was measured then
@@ -214,7 +214,8 @@ def train(
         "steps": last,
         "epochs": round(min(last * recipe.batch_size, recipe.num_positions) / recipe.num_examples, 4),
         "eval": {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")},
-        "best_step": best,
+        "best_step": best[0] if best else None,
+        "best_steps": best,
         "train_seconds": round(seconds, 3),
         "compile_seconds": round(totals["compile_seconds"], 3),
         "examples_per_second": round(speed, 1) if speed else None,
@@ -304,8 +305,8 @@ def _usages(recipe: Recipe, strategy: sharding.Strategy) -> dict[int, Usage]:
             usages[begin] = usage_of(loss_fn, state, batch, peak)
         except errors.UserError:
             raise
-        except (FlaxError, ValueError) as error:
-            if not recipe.stages:  # the model was made for this size, so it is something else
+        except (FlaxError, TypeError, ValueError) as error:
+            if isinstance(error, TypeError) and not begin:  # a mistake in code, not in a size
                 raise
             line = str(error).splitlines()[0]
             raise errors.ConfigError(

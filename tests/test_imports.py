@@ -241,7 +241,7 @@ def test_importing_everything_imports_no_other_framework():
 import importlib, sys
 for name in {names}:
     importlib.import_module(name)
-    heavy = [x for x in ("torch", "tensorflow", "sklearn") if x in sys.modules]
+    heavy = [x for x in ("torch", "tensorflow", "sklearn", "matplotlib") if x in sys.modules]
     assert not heavy, f"{{name}} imports {{heavy}}"
 print("done")
 """

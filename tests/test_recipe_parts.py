@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10
-from jaxnets import cli, errors, runner
+from jaxnets import cli, data, errors, runner
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
 from jaxnets.train import Checkpoints, hooks, make_strategy
@@ -20,18 +20,8 @@ PARTS = [
     *("--optimizer", "adamw", "--learning-rate", "0.01", "--weight-decay", "0.1"),
     *("--schedule", "cosine", "--warmup", "0.2", "--clip-norm", "1", "--ema-decay", "0.8"),
     *("--no-decay-biases", "--freeze", "^dense1/bias", "--crop", "2", "--flip", "alternate"),
-    *(
-        "--cutout",
-        "8",
-        "--mixup",
-        "0.4",
-        "--eval-views",
-        "6",
-        "--log-every",
-        "1",
-        "--checkpoint-every",
-        "5",
-    ),
+    *("--cutout", "8", "--mixup", "0.4", "--eval-views", "6"),
+    *("--log-every", "1", "--checkpoint-every", "5"),
 ]
 
 
@@ -166,6 +156,51 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
     assert np.abs(there - back).mean() > 1e-3
 
 
+@pytest.mark.parametrize("num_views", [2, 6])
+def test_evaluation_takes_the_mean_over_the_views(num_views):
+    config = cifar10.Config(dataset="digits", model="mlp")
+    one, several = (
+        cifar10.make_recipe(dataclasses.replace(config, eval_views=n), RunOptions())
+        for n in (1, num_views)
+    )
+    state = jax.jit(runner.make_state(one))()
+    image = np.asarray(data.load("digits").test["image"][:3])
+
+    def logits(recipe, image):
+        assert recipe.predict_fn is not None
+        return recipe.predict_fn(state.params, state.model_state, {"image": image})
+
+    def both(image):
+        return (logits(one, image) + logits(one, image[:, :, ::-1])) / 2
+
+    expected = both(image)
+    if num_views == 6:
+        padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        moved = both(padded[:, 2:, 2:]) + both(padded[:, :-2, :-2])
+        expected = expected / 2 + moved / 4
+    np.testing.assert_allclose(logits(several, image), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(logits(one, image) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("preset", sorted(cifar10.EXPERIMENT.presets))
+def test_a_preset_fits_its_images(preset, monkeypatch):
+    """Whole runs of them take minutes; this one traces all of their stages."""
+    digits = data.open_images("digits", size=32)
+    colours = {
+        part: {"image": np.repeat(x["image"], 3, axis=3), "label": x["label"]}
+        for part, x in (("train", digits.train), ("test", digits.test))
+    }
+    monkeypatch.setattr(
+        data,
+        "open_images",
+        lambda *_, **__: dataclasses.replace(digits, **colours),
+    )
+    recipe = cifar10.make_recipe(cifar10.EXPERIMENT.presets[preset], RunOptions())
+    usages = runner.check_recipe(recipe, make_strategy(num_devices=1))
+    costs = [usage.flops_per_example for usage in usages.values()]
+    assert costs == sorted(set(costs))  # images grow
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -176,6 +211,8 @@ def test_mixing_takes_its_share_of_images_and_of_labels():
         (["--window", "40"], "window 40 exceeds the image"),
         (["--train-sizes", "0"], "sizes of images are at least 1 pixel"),
         (["--model", "speednet", "--train-sizes", "4", "32"], "does not fit what it is trained on"),
+        (["--train-sizes", "28"], "does not fit what it is trained on from step 0 on"),
+        (["--window", "28"], "does not fit what it is trained on from step 0 on"),
         (["--train-sizes", "28", "32"], "the model does not fit what it is trained on"),
         (["--train-sizes", "32", "28", "--steps", "0"], "steps must be at least 1"),
     ],
@@ -225,6 +262,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path, capsys):
         "00000008",
         "00000012",
     ]
+    assert result["best_steps"] == [4, 8]
     assert train(folder, *flags) == 0
     assert rows(folder) == before
     assert json.loads((folder / "result.json").read_text()) == result

@@ -3,7 +3,7 @@
 from jaxnets.ops.convolution import convolve as convolve
 from jaxnets.ops.forms import plain as plain
 from jaxnets.ops.hash import row_bits as row_bits
-from jaxnets.ops.images import VIEWS as VIEWS
+from jaxnets.ops.images import NUM_VIEWS as NUM_VIEWS
 from jaxnets.ops.images import image_views as image_views
 from jaxnets.ops.images import normalize_images as normalize_images
 from jaxnets.ops.images import resize_images as resize_images

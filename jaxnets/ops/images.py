@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxnets.typing import Array
 
-VIEWS = (1, 2, 6)
-"""How many views `image_views` makes."""
+NUM_VIEWS = (1, 2, 6)
+"""How many views `image_views` can make."""
 
 
 def normalize_images(
@@ -52,31 +52,34 @@ def resize_images(x: Array, size: tuple[int, int]) -> Array:
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=True)
 
 
-def image_views(x: Array, count: int) -> list[tuple[float, Array]]:
-    """Views of each image whose mean prediction is better than that of the image alone.
+def image_views(x: Array, num_views: int) -> list[tuple[float, Array]]:
+    """Views of each image, over whose predictions evaluation takes the mean.
 
-    The six of Jordan (2024, arXiv 2404.00498): what is moved has half of the weight, and every view is
-    there as its mirror image too.
+    For photographs, whose mirror image is of the same class; a digit's isn't. The six are those of
+    Jordan (2024, arXiv 2404.00498): what is moved has half of the weight, and every view is there as its
+    mirror image too.
 
     Args:
         x: `[B, H, W, C]`, H and W at least 2 where images are moved.
-        count: 1, the image; 2, and its mirror image; or 6, and both moved by a pixel up and left, and
-            by one down and right, the border reflected.
+        num_views: 1, the image; 2, and its mirror image; or 6, and both moved by a pixel up and left,
+            and by one down and right, the border reflected.
 
     Returns:
         the weight, of a sum of 1, and the images `[B, H, W, C]` of each view.
 
     Raises:
-        ValueError: for another count.
+        ValueError: for another number, or another rank.
     """
-    if count not in VIEWS:
-        raise ValueError(f"there are 1, 2 or 6 views of an image, not {count}")
+    if num_views not in NUM_VIEWS:
+        raise ValueError(f"there are 1, 2 or 6 views of an image, not {num_views}")
+    if x.ndim != 4:
+        raise ValueError(f"images are [B, H, W, C], not of the shape {x.shape}")
     height, width = x.shape[1:3]
     views = [(1.0, x)]
-    if count == 6:
+    if num_views == 6:
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
         moved = [padded[:, low : low + height, low : low + width] for low in (2, 0)]
         views = [(0.5, x), *((0.25, y) for y in moved)]
-    if count > 1:
+    if num_views > 1:
         views = [(weight / 2, y) for weight, x in views for y in (x, x[:, :, ::-1])]
     return views

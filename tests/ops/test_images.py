@@ -89,3 +89,5 @@ def test_six_views_of_an_image():
     np.testing.assert_array_equal(down_right[:, 0, 0], x[:, 1, 1])
     with pytest.raises(ValueError, match="1, 2 or 6 views"):
         ops.image_views(x, 3)
+    with pytest.raises(ValueError, match="not of the shape"):
+        ops.image_views(x[0], 2)
