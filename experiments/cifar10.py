@@ -288,10 +288,6 @@ EXPERIMENT = cli.Experiment(
     presets={
         "tutorial": Config(epochs=2, batch_size=4, learning_rate=0.001),
         "two-epochs": SPEED,
-        # More passes, of which the later half sees whole images.
-        "ninety-four": dataclasses.replace(
-            SPEED, epochs=10, eval_views=6, train_sizes=(20, 20, 24, 24, 24, 32, 32, 32, 32, 32)
-        ),
     },
 )
 

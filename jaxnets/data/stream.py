@@ -200,15 +200,20 @@ class _Processes:
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(read_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             words = [json.dumps(sys.path), str(write_fd), str(os.getpid())]
-            process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *words],
-                stdin=subprocess.PIPE,
-                stdout=2,  # what a source prints goes beside the result, not into it
-                pass_fds=[write_fd],
-                # Signals to the terminal's or the job's group are for the parent, which may want to
-                # finish its step with the batches that it still needs.
-                start_new_session=True,
-            )
+            # Signals to the terminal's or the job's group are for the parent, which may want to finish
+            # its step with the batches that it still needs: a worker has a session of its own, and what
+            # arrives before it has is blocked, until the worker drops it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, worker.GROUP_SIGNALS)
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", _PROGRAM, *words],
+                    stdin=subprocess.PIPE,
+                    stdout=2,  # what a source prints goes beside the result, not into it
+                    pass_fds=[write_fd],
+                    start_new_session=True,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         finally:
             os.close(write_fd)
         self.processes.append(process)

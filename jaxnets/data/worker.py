@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import select
+import signal
 import struct
 import sys
 import threading
@@ -27,6 +28,8 @@ from jaxnets import errors
 from jaxnets.data.batches import Batches
 from jaxnets.data.sources import Source, read_rows
 
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What a terminal or a supervisor sends to a whole group, blocked while a worker starts."""
 _LENGTH = struct.Struct("<Q")
 _CHECK_S = 1.0
 
@@ -76,6 +79,11 @@ def main(write_fd: int, parent: int) -> None:
         write_fd: the pipe to write batches to.
         parent: the process that this one must not outlive.
     """
+    for number in GROUP_SIGNALS:  # ignoring one drops what has arrived of it
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     with os.fdopen(write_fd, "wb", buffering=0) as pipe:
         try:
             job_bytes = bytearray(_LENGTH.unpack(_read(sys.stdin.buffer, _LENGTH.size))[0])

@@ -205,6 +205,23 @@ def test_a_killed_worker_is_an_error_at_once(number):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_while_workers_start_is_not_for_them(number, monkeypatch):
+    """It may arrive before they have left the group."""
+    start = subprocess.Popen
+
+    def start_and_signal(*args, **options):
+        process = start(*args, **options)
+        process.send_signal(number)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    with Stream(Arrays(ARRAYS), BATCHES, num_workers=2) as stream:
+        for i in range(4):
+            assert_same(stream[i], take(ARRAYS, BATCHES[i]))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_a_worker_that_is_killed_while_it_is_waited_for():
     with Stream(Slow(seconds=1000), Batches(1000, 4, 4000), num_workers=1) as stream:
         threading.Timer(1.5, lambda: os.kill(stream.worker_pids[0], signal.SIGKILL)).start()
