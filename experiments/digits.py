@@ -3,7 +3,7 @@
     python -m experiments.digits train
 
 1,797 real images that come with scikit-learn, enlarged four times to 32x32x1. Two cores of an
-AMD EPYC (Zen 5) take 20 s for all of it and reach 98.3 % on the 359 test images.
+AMD EPYC (Zen 5) take 20 s for all of it and reach 98.9 % on the 359 test images.
 """
 
 import dataclasses
