@@ -62,6 +62,10 @@ class RunOptions:
     """A Python file of yours that registers components, run before anything else; may be repeated."""
     duel_seconds: float = 60.0
     """About how long `duel` measures both sides, in seconds, without compilation."""
+    duel_mode: str = "train"
+    """What `duel` compares the speed of: train or inference."""
+    parity_steps: int = 20
+    """Training steps that `duel` compares in both precisions before anything is timed."""
 
 
 def parse_flags(

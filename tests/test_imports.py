@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = {
     "jaxnets.errors": 0,
     "jaxnets.version": 0,
+    "jaxnets.allocator": 0,
     "jaxnets.typing": 0,
     "jaxnets.registry": 0,
     "jaxnets.config": 0,

@@ -65,9 +65,11 @@ def reference(
     height, width, channels = image_shape
     shape = (height, width, channels)
 
+    def predict_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return model((batch["image"].to(torch.get_default_dtype()) / 255 - 0.5) / 0.5)
+
     def loss_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        x = (batch["image"].to(torch.get_default_dtype()) / 255 - 0.5) / 0.5
-        return F.cross_entropy(model(x), batch["label"], label_smoothing=label_smoothing)
+        return F.cross_entropy(predict_fn(model, batch), batch["label"], label_smoothing=label_smoothing)
 
     def make_optimizer(
         parameters: Iterable[nn.Parameter],
@@ -85,6 +87,7 @@ def reference(
     return Reference(
         make_model=lambda: make(shape, num_classes),
         loss_fn=loss_fn,
+        predict_fn=predict_fn,
         make_optimizer=make_optimizer,
         make_resident=make_resident,
         take=take,

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import numpy as np
 
 from jaxnets import errors
 from jaxnets.config import RunOptions, to_json
+from jaxnets.interop.measure import num_cores
 from jaxnets.interop.reference import Reference
 from jaxnets.interop.sides import initial_variables
-from jaxnets.interop.timed_sides import num_cores
 from jaxnets.interop.weights import flatten, to_torch
 from jaxnets.recipe import Recipe
 
+OURS, PLAIN, WARM = "jaxnets", "plain JAX", "jaxnets, warm cache"
 GRADIENT_BOUND = 1e-3  # of the largest magnitude, in float32: far above rounding, far below a bug
 
 
@@ -44,6 +46,7 @@ class Contender:
         self.facts: dict[str, Any] = {}
         self._log = log
         self._spec = spec
+        self._born = time.perf_counter()
         # The same paths as here, so that the same experiment and library are found.
         code = f"import sys; sys.path[:] = {sys.path!r}; from jaxnets.interop import duel_worker; "
         with log.open("w") as file:
@@ -75,24 +78,28 @@ class Contender:
         """
         self.facts |= self.ask("start", side=self.side, spec=dict(self._spec))
         first = self.ask("first")
-        self.facts |= {"first_step_seconds": first["seconds"], "first_losses": first["losses"]}
+        self.facts |= {
+            "first_step_seconds": first["seconds"],
+            "seconds_to_first_steps": time.perf_counter() - self._born,
+            "first_values": first["values"],
+        }
         self.facts["gradients"] = check = self.ask("check")
         if check["off_by"] > GRADIENT_BOUND:
             raise WorkerError(
-                f"{self.name}: wrong gradient of {check['parameter']}, off by {check['off_by']:.1e} of "
-                "its largest magnitude; not timed"
+                f"{self.name}: {check['parameter']} (or its gradient) is off by {check['off_by']:.1e} "
+                "of its largest magnitude; not timed"
             )
 
-    def train(self, steps: int) -> float:
-        """Train; the seconds that it took.
+    def run(self, steps: int) -> float:
+        """Train or predict; the seconds that it took.
 
         Raises:
-            NonFiniteError: if the loss is no longer a number.
+            NonFiniteError: if the loss, or a logit, is no longer a number.
         """
         reply = self.ask("run", steps=steps)
-        if reply["loss"] is None:
+        if reply["value"] is None:
             raise errors.NonFiniteError(
-                f"the loss of {self.name} is no longer finite; try a smaller --learning-rate"
+                f"the numbers of {self.name} are no longer finite; try a smaller --learning-rate"
             )
         return reply["seconds"]
 
@@ -143,14 +150,17 @@ def make_starters(
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> list[Callable[[], Contender]]:
-    """Functions that start a contender each, JAX's first.
+    """Functions that start a contender each.
+
+    The first is JAX's, the second JAX's in the plain form, the last JAX's again, which finds the
+    programs of the first in the cache; those between are PyTorch's variants.
 
     Args:
         module: of the experiment, such as "experiments.digits".
         recipe: of the experiment.
         reference: the same in PyTorch.
         config: what the recipe was made from.
-        options: where the data is.
+        options: where the data is, and whether to train or to predict.
         folder: for weights, data and logs.
         stack: ends the processes.
     """
@@ -165,6 +175,9 @@ def make_starters(
         "verify": options.verify,
         "plugins": [str(file.expanduser().resolve()) for file in options.plugin],
         "weights": str(folder / "linen.npz"),
+        "mode": options.duel_mode,
+        "is_plain": False,
+        "cache": str(folder / "xla"),
     }
     torch_spec = {
         "name": recipe.name,
@@ -174,9 +187,12 @@ def make_starters(
         "arrays": str(folder / "train.npz"),
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
+        "mode": options.duel_mode,
     }
     # A cache from an earlier duel would make the first step look quick.
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    if options.duel_mode == "inference":  # torch.compile then folds normalisations and packs weights
+        env |= {"TORCHINDUCTOR_FREEZING": "1"}
 
     def starter(label: str, side: str, spec: Mapping[str, Any]) -> Callable[[], Contender]:
         def start() -> Contender:
@@ -187,7 +203,10 @@ def make_starters(
 
         return start
 
-    starters = [starter("jaxnets", "jax", jax_spec)]
+    starters = [
+        starter(OURS, "jax", jax_spec),
+        starter(PLAIN, "jax", jax_spec | {"is_plain": True, "cache": None}),
+    ]
     for is_compiled in (False, True):
         for channels_last in (False, True):
             for threads in sorted({1, num_cores()}):
@@ -200,7 +219,7 @@ def make_starters(
                     "threads": threads,
                 }
                 starters.append(starter(label, "torch", torch_spec | variant))
-    return starters
+    return [*starters, starter(WARM, "jax", jax_spec)]
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,10 +1,10 @@
 """The duel: the same experiment in JAX and in PyTorch, proved equal and then timed side by side.
 
-Parity comes first; without it nothing is timed. Then every contender (JAX as `train` runs it, and
-PyTorch in all its variants) trains in a process of its own, from the same weights, on the same
-draws of the same uint8 data in memory. Rounds are interleaved in rotating order and only one
-process computes at a time, so what the machine does besides falls on all of them. PyTorch is
-represented by its best variant, chosen afterwards by the median.
+Parity comes first; without it nothing is timed. Then every contender (JAX as `train` runs it, JAX in
+its plain form, and PyTorch in all its variants) trains, or predicts, in a process of its own, from
+the same weights, on the same draws of the same uint8 data in memory. Rounds are interleaved in
+rotating order and only one process computes at a time, so what the machine does besides falls on all
+of them. PyTorch is represented by its best variant, chosen afterwards by the median.
 """
 
 import contextlib
@@ -23,19 +23,23 @@ import jax
 
 from jaxnets import errors
 from jaxnets.config import RunOptions, to_json
+from jaxnets.data import Batches, take
 from jaxnets.interop import duel_report
 from jaxnets.interop.contender import Contender, WorkerError, make_starters
 from jaxnets.interop.parity import check_parity
 from jaxnets.interop.reference import load_reference
 from jaxnets.recipe import Recipe
+from jaxnets.train import create_state
 from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.peak import usage_of
 
 MIN_ROUNDS = 7
 ROUND_SECONDS = 0.75  # of one contender, if the time allows
 SCREEN_SECONDS = 0.3
 KEEP_SHARE = 0.5  # variants slower than this share of the best are timed no further
-LOSS_BOUND = 1e-3  # of the first few losses in float32, where parity has been shown before
-_SAME = ("device", "dtype", "batch_size", "matmul_precision")
+VALUE_BOUND = 1e-3  # of the first few values in float32, where parity has been shown before
+MODES = ("train", "inference")
+_SAME = ("mode", "device", "dtype", "batch_size", "matmul_precision")
 
 
 def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> int:
@@ -45,7 +49,7 @@ def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> i
         module: of the experiment, such as "experiments.digits".
         recipe: of the experiment.
         config: what the recipe was made from.
-        options: `run_dir` is the folder of duel.json, `duel_seconds` about the time of measuring.
+        options: as `compare` takes them; `run_dir` is the folder of duel.json.
 
     Returns:
         the exit status, 0.
@@ -54,43 +58,80 @@ def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> i
         ParityError: if the two don't compute the same; nothing is timed then.
         ConfigError: if they can't be compared.
     """
-    _check(recipe, options)
-    reference = load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)
+    check(recipe, options)
     path = _prepare_file(options)
-    report: dict[str, Any] = {
+    report: dict[str, Any] = {}
+    try:
+        compare(module, recipe, config, options, report)
+    finally:
+        _write(path, report)
+    duel_report.print_table(report)
+    print(f"everything is in {path}")
+    return 0
+
+
+def compare(
+    module: str, recipe: Recipe, config: Any, options: RunOptions, report: dict[str, Any]
+) -> None:
+    """Prove parity, then time both sides.
+
+    Args:
+        module: of the experiment, such as "experiments.digits".
+        recipe: of the experiment.
+        config: what the recipe was made from.
+        options: `duel_mode` is what is timed, `duel_seconds` about the time of measuring,
+            `parity_steps` how many training steps are compared.
+        report: filled as far as it goes, with the "failure" where there is one.
+
+    Raises:
+        ParityError: if the two don't compute the same; nothing is timed then.
+        ConfigError: if they can't be compared.
+    """
+    check(recipe, options)
+    report |= {
         "experiment": recipe.name,
+        "mode": options.duel_mode,
         "model": recipe.torch_arguments.get("model"),
         "config": to_json(config),
     }
     _say(f"parity of {recipe.name} with {recipe.torch_reference}")
     try:
-        report["parity"] = {"passed": True} | check_parity(recipe, reference, say=_say)
+        reference = load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)
+        parity = check_parity(recipe, reference, num_steps=options.parity_steps, say=_say)
     except errors.ParityError as error:
         report["parity"] = {"passed": False, "failure": str(error)}
-        _write(path, report)
         raise
+    report["parity"] = {"passed": True} | parity
     with (
         _exit_on_sigterm(),
         tempfile.TemporaryDirectory(prefix="duel-") as folder,
         contextlib.ExitStack() as stack,
     ):
-        contenders = make_starters(module, recipe, reference, config, options, Path(folder), stack)
+        starters = make_starters(module, recipe, reference, config, options, Path(folder), stack)
+        are_comparable = options.duel_mode == "inference" or not any(parity["dropout_rates"])
         try:
-            report |= _measure(contenders, options.duel_seconds, has_dropout=_has_dropout(report))
+            report |= _measure(starters, options.duel_seconds, are_comparable=are_comparable)
         except errors.UserError as error:
-            _write(path, report | {"failure": str(error)})
+            report["failure"] = str(error)
             raise
-    _write(path, report)
-    duel_report.print_table(report)
-    print(f"everything is in {path}")
-    return 0
+    duel_report.add_shares(report, flops_per_example(recipe, options.duel_mode))
+
+
+def flops_per_example(recipe: Recipe, mode: str) -> float:
+    """The model's operations for one example, of its plain form: a step, or a prediction."""
+    batch = jax.eval_shape(lambda: take(recipe.train_arrays, Batches(1, 1, 1)[0]))
+    key = jax.random.key(recipe.seed)
+    state = jax.eval_shape(lambda: create_state(recipe.init_fn, recipe.tx, key=key))
+    # A training step is taken for three forward passes: one forward, two for the gradients.
+    flops = usage_of(recipe.loss_fn, state, batch, None).flops_per_example
+    return flops if mode == "train" else flops / 3
 
 
 def check_same(jax_settings: Mapping[str, Any], torch_settings: Mapping[str, Any]) -> None:
     """Make sure that both sides do the same work.
 
     Raises:
-        ConfigError: if device, dtype, batch size or matmul precision differ.
+        ConfigError: if mode, device, dtype, batch size or matmul precision differ.
     """
     for setting in _SAME:
         left, right = jax_settings.get(setting), torch_settings.get(setting)
@@ -98,28 +139,39 @@ def check_same(jax_settings: Mapping[str, Any], torch_settings: Mapping[str, Any
             raise errors.ConfigError(f"no comparison: {setting} is {left} in JAX and {right} in PyTorch")
 
 
-def check_losses(ours: Sequence[float | None], theirs: Sequence[float | None], name: str) -> float:
-    """Make sure that both sides train the same model: their first losses agree.
+def check_values(ours: Sequence[float | None], theirs: Sequence[float | None], name: str) -> float:
+    """Make sure that both sides run the same model: their first losses, or logits, agree.
 
     Returns:
         the largest relative difference.
 
     Raises:
-        ParityError: if it is above the bound, or a loss isn't finite.
+        ParityError: if it is above the bound, or one isn't finite.
     """
     worst = 0.0
     for i, (left, right) in enumerate(zip(ours, theirs, strict=True), start=1):
         error = math.inf if left is None or right is None else abs(left - right) / abs(right or 1.0)
         worst = max(worst, error)
-        if not error <= LOSS_BOUND:
+        if not error <= VALUE_BOUND:
             raise errors.ParityError(
-                f"parity in the timed run: the loss of step {i} is {left} in JAX and {right} in "
-                f"{name}; the bound is {LOSS_BOUND:.0e} of it"
+                f"parity in the timed run: the value of step {i} is {left} in JAX and {right} in "
+                f"{name}; the bound is {VALUE_BOUND:.0e} of it"
             )
     return worst
 
 
-def _check(recipe: Recipe, options: RunOptions) -> None:
+def check(recipe: Recipe, options: RunOptions) -> None:
+    """Refuse what can't be compared.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if options.duel_mode not in MODES:
+        raise errors.unknown("duel mode", options.duel_mode, MODES)
+    if options.duel_mode == "inference" and recipe.predict_fn is None:
+        raise errors.ConfigError(f"{recipe.name} has no predict_fn, so no inference to compare")
+    if recipe.torch_reference is None:
+        raise errors.ConfigError(f"the experiment {recipe.name} has no PyTorch reference to duel with")
     if recipe.stages or recipe.partners:
         raise errors.ConfigError("the duel compares one loss on single examples: no stages, no partners")
     _ = recipe.train_arrays  # refuses what isn't in memory
@@ -131,6 +183,8 @@ def _check(recipe: Recipe, options: RunOptions) -> None:
         )
     if not (math.isfinite(options.duel_seconds) and options.duel_seconds > 0):
         raise errors.ConfigError(f"duel_seconds is {options.duel_seconds}; it must be above 0")
+    if options.parity_steps < 1:
+        raise errors.ConfigError(f"parity_steps is {options.parity_steps}; it must be at least 1")
     if jax.default_backend() != "cpu":
         raise errors.ConfigError(
             f"the duel compares on the CPU, and JAX is on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
@@ -162,15 +216,13 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
         raise errors.ConfigError(f"{path} can't be written: {error.strerror}") from None
 
 
-def _has_dropout(report: Mapping[str, Any]) -> bool:
-    return any(report["parity"]["dropout_rates"])
-
-
 def _measure(
-    starters: Sequence[Callable[[], Contender]], seconds: float, *, has_dropout: bool
+    starters: Sequence[Callable[[], Contender]], seconds: float, *, are_comparable: bool
 ) -> dict[str, Any]:
     """Screen all contenders, time the good ones in rounds, and put the figures together."""
+    *starters, start_again = starters
     ours: Contender | None = None
+    plain: Contender | None = None
     variants: list[Contender] = []
     failed: dict[str, str] = {}
     agreement = 0.0
@@ -189,11 +241,14 @@ def _measure(
             ours = contender
         else:
             check_same(ours.facts["settings"], contender.facts["settings"])
-            if not has_dropout:
-                losses = contender.facts["first_losses"]
-                error = check_losses(ours.facts["first_losses"], losses, contender.name)
+            if are_comparable:
+                values = contender.facts["first_values"]
+                error = check_values(ours.facts["first_values"], values, contender.name)
                 agreement = max(agreement, error)
-            variants.append(contender)
+            if contender.side == "jax":
+                plain = contender
+            else:
+                variants.append(contender)
         _screen(contender)
         _say(
             f"{contender.name}: first step {contender.facts['first_step_seconds']:.1f} s, "
@@ -205,17 +260,24 @@ def _measure(
                 variant.facts |= variant.ask("memory")
                 variant.close()
     assert ours is not None
+    assert plain is not None
     if not variants:
         raise errors.ConfigError(f"PyTorch failed in every variant: {next(iter(failed.values()))}")
-    kept = [ours] + [variant for variant in variants if variant.is_open]
+    timed = [variant for variant in variants if variant.is_open]
+    kept = [ours, plain, *timed]
     _rounds(kept, seconds)
     for contender in kept:
         contender.facts |= contender.ask("memory")
-    report = duel_report.assemble(ours, variants, failed)
-    report["first_losses"] = (
-        {"skipped": "dropout draws differ"}
-        if has_dropout
-        else {"largest_error": agreement, "bound": LOSS_BOUND}
+    ceiling = {"jax": ours.ask("ceiling"), "torch": timed[0].ask("ceiling")}
+    again = start_again()
+    again.start()
+    again.facts |= again.ask("memory")
+    again.close()
+    report = duel_report.assemble(ours, plain, again, variants, failed, ceiling)
+    report["first_values"] = (
+        {"largest_error": agreement, "bound": VALUE_BOUND}
+        if are_comparable
+        else {"skipped": "dropout draws differ"}
     )
     return report
 
@@ -223,10 +285,10 @@ def _measure(
 def _screen(contender: Contender) -> None:
     """Warm up and estimate the rate, in steps doubled until they can be timed."""
     steps, batch_size = 1, contender.facts["settings"]["batch_size"]
-    while contender.train(steps) < SCREEN_SECONDS / 2:
+    while contender.run(steps) < SCREEN_SECONDS / 2:
         steps *= 2
     # The best of three: a moment when the machine was busy must not cost a variant its place.
-    contender.rounds = [steps * batch_size / contender.train(steps) for _ in range(3)]
+    contender.rounds = [steps * batch_size / contender.run(steps) for _ in range(3)]
     contender.rate = max(contender.rounds)
 
 
@@ -247,7 +309,7 @@ def _rounds(contenders: Sequence[Contender], seconds: float) -> None:
         first = i % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
             batch_size = contender.facts["settings"]["batch_size"]
-            took = contender.train(contender.steps)
+            took = contender.run(contender.steps)
             contender.rounds.append(contender.steps * batch_size / took)
         if (i + 1) % 5 == 0 or i + 1 == count:
             _say(f"round {i + 1} of {count}")

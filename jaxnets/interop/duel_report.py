@@ -15,19 +15,28 @@ from jaxnets.version import __version__
 
 
 def assemble(
-    ours: Contender, variants: Sequence[Contender], failed: Mapping[str, str]
+    ours: Contender,
+    plain: Contender,
+    again: Contender,
+    variants: Sequence[Contender],
+    failed: Mapping[str, str],
+    ceiling: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Put the figures together.
 
     Args:
         ours: JAX's contender.
+        plain: JAX's in the plain form.
+        again: JAX's once more, which found its programs in a cache.
         variants: PyTorch's, at least one, whose figures may come from the screening alone.
         failed: PyTorch's variants that could not run, with the reason.
+        ceiling: what each side's product and copy reached.
 
     Returns:
-        "jaxnets", "torch", "ratio" (JAX's median over that of PyTorch's best variant, above 1 if
-        JAX is faster), "ratio_spread" (of the rounds, each of which timed both), "device",
-        "processor", "versions".
+        "jaxnets", "plain_jax", "torch", "ratio" (JAX's median over that of PyTorch's best variant,
+        above 1 if JAX is faster), "ratio_spread" (of the rounds, each of which timed both),
+        "ratio_to_plain" (over the plain form's median), "warm", "ceiling", "device", "processor",
+        "versions".
     """
     timed = [variant for variant in variants if variant.is_open]
     best = max(timed, key=lambda variant: float(np.median(variant.rounds)))
@@ -37,16 +46,26 @@ def assemble(
         table[variant.name]["dropped_after_screening"] = not variant.is_open
     table |= {name: {"failed": reason} for name, reason in failed.items()}
     settings = dict(best.facts["settings"])
-    first = figures(ours)
     return {
-        "jaxnets": {
-            "compile_seconds": first.pop("first_step_seconds"),
-            **first,
-            "settings": ours.facts["settings"],
-        },
+        "jaxnets": {**figures(ours), "settings": ours.facts["settings"]},
+        "plain_jax": figures(plain),
         "torch": {"best": best.name, **table[best.name], "variants": table, "settings": settings},
-        "ratio": round(float(np.median(ours.rounds) / np.median(best.rounds)), 4),
+        "ratio": _quotient(ours, best),
         "ratio_spread": _spread(pairs, digits=4),
+        "ratio_to_plain": _quotient(ours, plain),
+        "warm": {
+            name: round(again.facts[name], 3)
+            for name in ("first_step_seconds", "seconds_to_first_steps")
+        },
+        "ceiling": {
+            "flops": round(max(side["flops"] for side in ceiling.values())),
+            "bytes_per_second": round(max(side["bytes"] for side in ceiling.values())),
+            # Near the number of cores; near 1 where they are two threads of one.
+            "speedup_by_threads": round(
+                ceiling["torch"]["flops"] / ceiling["torch"]["one_thread_flops"], 3
+            ),
+            "sides": ceiling,
+        },
         "device": ours.facts["settings"]["device_kind"],
         "processor": processor(),
         "versions": {
@@ -59,6 +78,18 @@ def assemble(
     }
 
 
+def add_shares(report: dict[str, Any], flops_per_example: float) -> None:
+    """Add what each side's model FLOPs are of the faster side's matrix product, in [0, 1] or about."""
+    report["flops_per_example"] = round(flops_per_example)
+    for side in ("jaxnets", "plain_jax", "torch"):
+        rate = report[side]["examples_per_second"] * flops_per_example
+        report[side]["share_of_ceiling"] = round(rate / report["ceiling"]["flops"], 4)
+
+
+def _quotient(left: Contender, right: Contender) -> float:
+    return round(float(np.median(left.rounds) / np.median(right.rounds)), 4)
+
+
 def figures(contender: Contender) -> dict[str, Any]:
     """What was measured of one contender."""
     memory = contender.facts["memory"]
@@ -68,11 +99,12 @@ def figures(contender: Contender) -> dict[str, Any]:
         "rounds": len(contender.rounds),
         "steps_per_round": contender.steps,
         "first_step_seconds": round(contender.facts["first_step_seconds"], 3),
+        "seconds_to_first_steps": round(contender.facts["seconds_to_first_steps"], 3),
         "peak_memory_bytes": contender.facts["peak_bytes"],
         "memory_after_imports_bytes": memory["after_imports_bytes"],
         "memory_loaded_bytes": memory["loaded_bytes"],
-        "first_losses": contender.facts["first_losses"],
-        "gradient_error": contender.facts["gradients"]["off_by"],
+        "first_values": contender.facts["first_values"],
+        "off_by": contender.facts["gradients"]["off_by"],
         "threads": contender.facts["settings"]["threads"],
         "optimizer": contender.facts["settings"].get("optimizer", "Optax"),
     }
@@ -82,7 +114,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     """Print the figures for people, on standard output."""
     settings = report["jaxnets"]["settings"]
     title = (
-        f"{report['experiment']}, {report.get('model') or ''} at batch {settings['batch_size']}, "
+        f"{report['experiment']}, {report['mode']}, {report.get('model') or ''} "
+        f"at batch {settings['batch_size']}, "
         f"{settings['dtype']}, matmul precision {settings['matmul_precision']}, "
         f"{report['processor']}"
     )
@@ -91,7 +124,7 @@ def print_table(report: Mapping[str, Any]) -> None:
     for name in ("examples/s", "quartiles", "first step s", "peak MiB", "imports MiB"):
         table.add_column(name, justify="right")
     best = report["torch"]["best"]
-    rows = {"jaxnets (JAX)": report["jaxnets"]}
+    rows = {"jaxnets (JAX)": report["jaxnets"], "plain JAX": report["plain_jax"]}
     rows |= {f"PyTorch {name}": row for name, row in report["torch"]["variants"].items()}
     for name, row in rows.items():
         if "failed" in row:
@@ -99,12 +132,11 @@ def print_table(report: Mapping[str, Any]) -> None:
             continue
         low, high = row["spread"]["quartiles"]
         is_dropped = row.get("dropped_after_screening")
-        first = row.get("compile_seconds", row.get("first_step_seconds"))
         table.add_row(
             name,
             f"{row['examples_per_second']:,.0f}",
             "screened only" if is_dropped else f"{low:,.0f} - {high:,.0f}",
-            f"{first:.2f}",
+            f"{row['first_step_seconds']:.2f}",
             f"{row['peak_memory_bytes'] / 2**20:,.0f}",
             f"{row['memory_after_imports_bytes'] / 2**20:,.0f}",
             style="bold" if name in ("jaxnets (JAX)", f"PyTorch {best}") else "",
@@ -114,7 +146,15 @@ def print_table(report: Mapping[str, Any]) -> None:
     low, high = report["ratio_spread"]["quartiles"]
     print(
         f"JAX / best PyTorch ({best}): {report['ratio']:.3f} (quartiles of the rounds {low:.3f} - "
-        f"{high:.3f})"
+        f"{high:.3f}); / plain JAX: {report['ratio_to_plain']:.3f}"
+    )
+    ceiling, warm = report["ceiling"], report["warm"]
+    print(
+        f"of the machine's {ceiling['flops'] / 1e9:,.0f} GFLOP/s (a product; one thread "
+        f"{1 / ceiling['speedup_by_threads']:.2f} of it) jaxnets uses "
+        f"{report['jaxnets']['share_of_ceiling']:.0%}, PyTorch "
+        f"{report['torch']['share_of_ceiling']:.0%}; first step with programs from the cache: "
+        f"{warm['first_step_seconds']:.2f} s"
     )
 
 

@@ -16,13 +16,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jaxnets.interop.timed_sides import JaxSide, TorchSide, peak_bytes
+from jaxnets.allocator import keep_freed_memory
+from jaxnets.interop.jax_side import JaxSide
+from jaxnets.interop.measure import peak_bytes
+from jaxnets.interop.torch_side import TorchSide
 
-NUM_LOSSES = 5  # of the first steps, which both sides must agree on
+NUM_VALUES = 5  # of the first steps, which both sides must agree on
 
 
 class Session:
-    """Answers the parent's commands in turn: start, first, check, run, memory."""
+    """Answers the parent's commands in turn: start, first, check, run, memory, ceiling."""
 
     def __init__(self) -> None:
         self.side: Any = None
@@ -45,33 +48,38 @@ class Session:
         }
 
     def do_first(self, _command: Mapping[str, Any]) -> dict[str, Any]:
-        """The first step, with its compilation, and a few more; their losses."""
+        """The first step, with its compilation, and a few more; their values."""
         first = self.do_run({"steps": 1})
-        losses = [first["loss"]] + [self.do_run({"steps": 1})["loss"] for _ in range(NUM_LOSSES - 1)]
-        return {"seconds": first["seconds"], "losses": losses}
+        others = [self.do_run({"steps": 1})["value"] for _ in range(NUM_VALUES - 1)]
+        return {"seconds": first["seconds"], "values": [first["value"], *others]}
 
     def do_run(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Train for a number of steps."""
-        loss = None
+        """Train or predict for a number of steps; the last one's loss, or magnitude of the logits."""
+        out = None
         start = time.perf_counter()
         for i in range(self.next, self.next + command["steps"]):
-            loss = self.side.step(i)
-        value = self.side.finish(loss)
+            out = self.side.step(i)
+        value = self.side.finish(out)
         seconds = time.perf_counter() - start
         self.next += command["steps"]
-        return {"seconds": seconds, "loss": value if math.isfinite(value) else None}
+        return {"seconds": seconds, "value": value if math.isfinite(value) else None}
 
     def do_check(self, _command: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameter whose gradient is farthest from the plain one, and how far."""
+        """What is farthest from the plain variant's, and how far."""
         return self.side.check()
 
     def do_memory(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """The peak so far."""
         return {"peak_bytes": peak_bytes()}
 
+    def do_ceiling(self, _command: Mapping[str, Any]) -> dict[str, Any]:
+        """What a matrix product and a copy reach."""
+        return self.side.ceiling()
+
 
 def main() -> None:
     """Serve until standard input ends."""
+    keep_freed_memory()  # on both sides, before either starts threads
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
     commands: queue.Queue[dict[str, Any]] = queue.Queue()

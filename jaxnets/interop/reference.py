@@ -16,6 +16,7 @@ class Reference:
     Attributes:
         make_model: `make_model() -> nn.Module`, in PyTorch's default dtype.
         loss_fn: `loss_fn(model, batch) -> loss []`, the mean over the batch.
+        predict_fn: `predict_fn(model, batch) -> logits [B, V]`.
         make_optimizer: `make_optimizer(parameters, fused=None, foreach=None) -> Optimizer`.
         make_resident: `make_resident(arrays, channels_last=...) -> tensors`: the training set
             `{name: [N, ...]}` as PyTorch likes it best in memory.
@@ -25,6 +26,7 @@ class Reference:
 
     make_model: Callable[[], Any]
     loss_fn: Callable[[Any, Mapping[str, Any]], Any]
+    predict_fn: Callable[[Any, Mapping[str, Any]], Any]
     make_optimizer: Callable[..., Any]
     make_resident: Callable[..., Mapping[str, Any]]
     take: Callable[..., Mapping[str, Any]]

@@ -10,23 +10,30 @@ from collections.abc import Iterator
 
 import jax
 
-_is_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("is_plain", default=False)
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """While this is open, operations are traced as `jax.lax` offers them, for any platform.
 
+    A strategy that compiles a step then leaves XLA's options as they are, too.
+
     Use it to compile for another platform than JAX's default one, to export, and as the reference
     when a fast form is tested.
     """
-    token = _is_plain.set(True)
+    token = _plain.set(True)
     try:
         yield
     finally:
-        _is_plain.reset(token)
+        _plain.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether `plain` is open."""
+    return _plain.get()
 
 
 def is_for_cpu() -> bool:
     """Whether to trace the form that is fast on a CPU."""
-    return not _is_plain.get() and jax.default_backend() == "cpu"
+    return not is_plain() and jax.default_backend() == "cpu"

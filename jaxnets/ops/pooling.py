@@ -12,8 +12,10 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxnets.ops.forms import is_plain
 from jaxnets.typing import Array
 
 
@@ -36,7 +38,13 @@ def max_pool(x: Array, window: tuple[int, int], strides: tuple[int, int] | None 
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2))[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _first_max(tuple(_views(x, window, strides or window)))
+    strides = strides or window
+    views = _views(x, window, strides)  # which checks the arguments
+    if is_plain():
+        lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+        start = np.asarray(lowest, x.dtype)
+        return lax.reduce_window(x, start, lax.max, (1, *window, 1), (1, *strides, 1), "VALID")
+    return _first_max(tuple(views))
 
 
 def avg_pool(x: Array, window: tuple[int, int], strides: tuple[int, int] | None = None) -> Array:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnets import errors
+from jaxnets.ops.forms import is_plain
 from jaxnets.ops.partition import activation_rules
 from jaxnets.typing import Array, PyTree
 
@@ -221,7 +222,7 @@ class Strategy:
             body,
             donate_argnums=donated,
             in_shardings=(None, None, rows),
-            compiler_options=_CPU_OPTIONS if is_cpu else None,
+            compiler_options=_CPU_OPTIONS if is_cpu and not is_plain() else None,
         )
 
         def run(state: PyTree, draw: Mapping[str, Any]):

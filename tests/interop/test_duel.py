@@ -15,14 +15,16 @@ from jaxnets.interop import (
     contender,
     duel,
     duel_report,
+    jax_side,
+    measure,
     reference,
-    timed_sides,
 )
 from jaxnets.layers import Dropout
 from jaxnets.layers.dropout import without_dropout
 from tests.interop import tiny_duel as tiny
 
 SETTINGS = {
+    "mode": "train",
     "device": "cpu",
     "dtype": "float32",
     "batch_size": 128,
@@ -39,9 +41,14 @@ def run_digits(folder, *words):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two contenders, and no parity: it has its own tests."""
+    """One variant of PyTorch, and no parity: it has its own tests."""
     make = contender.make_starters
-    monkeypatch.setattr(duel, "make_starters", lambda *a, **k: make(*a, **k)[:2])
+
+    def make_few(*args):
+        starters = make(*args)
+        return [*starters[:3], starters[-1]]
+
+    monkeypatch.setattr(duel, "make_starters", make_few)
     monkeypatch.setattr(duel, "check_parity", lambda *a, **k: {"dropout_rates": []})
 
 
@@ -53,20 +60,29 @@ def check_report(report):
     ours, theirs = report["jaxnets"], report["torch"]
     variants = {name: row for name, row in theirs["variants"].items() if "failed" not in row}
     assert theirs["best"] in variants
-    for side in (ours, *variants.values()):
+    for side in (ours, report["plain_jax"], *variants.values()):
         assert side["examples_per_second"] > 0
         assert side["peak_memory_bytes"] >= side["memory_after_imports_bytes"] > 2**26
         low, high = side["spread"]["quartiles"]
         assert side["spread"]["min"] <= low <= high <= side["spread"]["max"]
-        assert len(side["first_losses"]) == 5
+        assert len(side["first_values"]) == 5
+        assert side["seconds_to_first_steps"] > side["first_step_seconds"]
     best = variants[theirs["best"]]
     timed = [row for row in variants.values() if not row["dropped_after_screening"]]
     assert best["examples_per_second"] == max(row["examples_per_second"] for row in timed)
     assert ours["rounds"] == best["rounds"] >= 7
     quotient = ours["examples_per_second"] / best["examples_per_second"]
     assert report["ratio"] == pytest.approx(quotient, rel=1e-3)
-    assert ours["compile_seconds"] > best["first_step_seconds"] > 0
-    assert report["first_losses"]["largest_error"] < 1e-5
+    assert ours["first_step_seconds"] > best["first_step_seconds"] > 0
+    assert ours["first_step_seconds"] > report["warm"]["first_step_seconds"] > 0
+    quotient = ours["examples_per_second"] / report["plain_jax"]["examples_per_second"]
+    assert report["ratio_to_plain"] == pytest.approx(quotient, rel=1e-3)
+    assert report["ceiling"]["flops"] == round(
+        max(x["flops"] for x in report["ceiling"]["sides"].values())
+    )
+    flops = report["flops_per_example"] * ours["examples_per_second"]
+    assert ours["share_of_ceiling"] == pytest.approx(flops / report["ceiling"]["flops"], abs=1e-3)
+    assert report["first_values"]["largest_error"] < 1e-5
     for side in (ours, theirs):
         kept = {name: side["settings"][name] for name in SETTINGS}
         assert kept == SETTINGS | {"batch_size": 32}
@@ -81,7 +97,7 @@ def test_from_the_command_line(tmp_path, few, capsys):
     printed = capsys.readouterr()
     assert "JAX / best PyTorch (eager, 1 thread): " in printed.out
     assert "jaxnets (JAX)" in printed.out
-    assert "rounds of 2 contenders" in printed.err
+    assert "rounds of 3 contenders" in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "duel.json"]
 
 
@@ -92,7 +108,7 @@ def test_everything_from_the_command_line(tmp_path):
     assert run_digits(tmp_path) == 0
     report = json.loads((tmp_path / "duel.json").read_text())
     check_report(report)
-    count = 4 * len({1, timed_sides.num_cores()})
+    count = 4 * len({1, measure.num_cores()})
     assert len(report["torch"]["variants"]) == count
     for dtype in ("float64", "float32"):
         for stage in report["parity"][dtype].values():
@@ -140,19 +156,19 @@ def test_refused_where_a_setting_differs(setting):
         duel.check_same(SETTINGS, SETTINGS | {setting: "other"})
 
 
-def test_first_losses_must_agree():
-    assert duel.check_losses([2.0, 1.0], [2.0, 1.0001], "eager") == pytest.approx(1e-4, rel=1e-3)
-    with pytest.raises(errors.ParityError, match=r"loss of step 2 is 1.0 in JAX and 1.01 in eager"):
-        duel.check_losses([2.0, 1.0], [2.0, 1.01], "eager")
-    with pytest.raises(errors.ParityError, match="loss of step 1 is None"):
-        duel.check_losses([None], [2.0], "eager")
+def test_first_values_must_agree():
+    assert duel.check_values([2.0, 1.0], [2.0, 1.0001], "eager") == pytest.approx(1e-4, rel=1e-3)
+    with pytest.raises(errors.ParityError, match=r"value of step 2 is 1.0 in JAX and 1.01 in eager"):
+        duel.check_values([2.0, 1.0], [2.0, 1.01], "eager")
+    with pytest.raises(errors.ParityError, match="value of step 1 is None"):
+        duel.check_values([None], [2.0], "eager")
 
 
 def test_precisions_in_common_words():
-    assert timed_sides.matmul_precision(None, "cpu") == "highest"
-    assert timed_sides.matmul_precision(None, "tpu") == "medium"
-    assert timed_sides.matmul_precision("tensorfloat32", "gpu") == "high"
-    assert timed_sides.matmul_precision("float32", "gpu") == "highest"
+    assert jax_side.matmul_precision(None, "cpu") == "highest"
+    assert jax_side.matmul_precision(None, "tpu") == "medium"
+    assert jax_side.matmul_precision("tensorfloat32", "gpu") == "high"
+    assert jax_side.matmul_precision("float32", "gpu") == "highest"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +178,9 @@ def test_precisions_in_common_words():
         ({}, {"strategy": "pmap"}, "one device"),
         ({}, {"num_devices": 8}, "one device"),
         ({}, {"jit": False}, "compiled"),
+        ({}, {"duel_mode": "infer"}, "unknown duel mode 'infer'"),
+        ({}, {"duel_mode": "inference"}, "tiny has no predict_fn"),
+        ({}, {"parity_steps": 0}, "parity_steps is 0"),
         ({}, {"duel_seconds": 0.0}, "duel_seconds is 0.0"),
         ({}, {"duel_seconds": float("nan")}, "duel_seconds is nan"),
         ({"torch_reference": None}, {}, "tiny has no PyTorch reference"),
@@ -237,7 +256,8 @@ class Stub:
             "memory": {"after_imports_bytes": 1, "loaded_bytes": 2},
             "peak_bytes": 3,
             "first_step_seconds": 0.5,
-            "first_losses": [2.0],
+            "seconds_to_first_steps": 1.5,
+            "first_values": [2.0],
             "gradients": {"parameter": "", "off_by": 0.0},
         }
 
@@ -247,14 +267,27 @@ def test_the_ratio_is_of_medians_and_against_the_best():
     slow = Stub("slow", [5.0, 6.0, 7.0])
     best = Stub("best", [8.0, 10.0, 100.0])
     dropped = Stub("dropped", [1000.0], is_open=False)
-    report = duel_report.assemble(ours, [slow, best, dropped], {"broken": "no compiler"})
+    plain, again = Stub("plain", [5.0]), Stub("warm", [])
+    ceiling = {
+        "jax": {"flops": 3e9, "bytes": 2e9},
+        "torch": {"flops": 4e9, "bytes": 1e9, "one_thread_flops": 2e9},
+    }
+    variants = [slow, best, dropped]
+    report = duel_report.assemble(ours, plain, again, variants, {"broken": "no compiler"}, ceiling)
     assert report["torch"]["best"] == "best"
     assert report["ratio"] == 2.0
     assert report["ratio_spread"]["min"] == pytest.approx(0.2)
     assert report["ratio_spread"]["max"] == pytest.approx(3.0)
     assert report["torch"]["variants"]["broken"] == {"failed": "no compiler"}
     assert report["torch"]["variants"]["dropped"]["dropped_after_screening"]
-    assert report["jaxnets"]["compile_seconds"] == 0.5
+    assert report["jaxnets"]["first_step_seconds"] == 0.5
+    assert report["ratio_to_plain"] == 4.0
+    assert report["warm"] == {"first_step_seconds": 0.5, "seconds_to_first_steps": 1.5}
+    assert (report["ceiling"]["flops"], report["ceiling"]["bytes_per_second"]) == (4e9, 2e9)
+    assert report["ceiling"]["speedup_by_threads"] == 2.0
+    duel_report.add_shares(report, 5e7)
+    assert report["jaxnets"]["share_of_ceiling"] == 0.25
+    assert report["torch"]["share_of_ceiling"] == 0.125
     assert report["jaxnets"]["spread"]["quartiles"] == [15.0, 25.0]
 
 
@@ -271,7 +304,7 @@ def test_rounds_are_interleaved_and_rotate():
         )
         rounds: list = dataclasses.field(default_factory=lambda: [1.0])
 
-        def train(self, steps):
+        def run(self, steps):
             calls.append(self.name)
             assert steps == self.steps == 2
             return 0.5

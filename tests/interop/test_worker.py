@@ -12,7 +12,7 @@ import pytest
 from experiments import cifar10
 from jaxnets import errors, registry
 from jaxnets.config import RunOptions
-from jaxnets.interop import contender, reference, sides, timed_sides, weights
+from jaxnets.interop import contender, reference, sides, torch_side, weights
 from tests.interop import tiny_duel as tiny
 
 
@@ -64,8 +64,9 @@ def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
         "threads": torch.get_num_threads(),
         "is_compiled": False,
         "channels_last": True,
+        "mode": "train",
     }
-    side = timed_sides.TorchSide(spec)
+    side = torch_side.TorchSide(spec)
     before = {name: x.clone() for name, x in side.model.state_dict().items()}
     assert side.check()["off_by"] < 1e-4
     for name, x in side.model.state_dict().items():

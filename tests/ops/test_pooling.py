@@ -53,6 +53,23 @@ def distinct(*shape):
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), CASES)
+def test_the_plain_form_of_the_maximum_agrees(size, window, strides, x64):
+    x = jnp.asarray(distinct(2, *size, 3)).at[0, 0, 0, 0].set(jnp.nan)
+
+    def run(x):
+        y, pull = jax.vjp(lambda x: ops.max_pool(x, window, strides), x)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))[0]
+
+    (y, dx), jaxpr = run(x), str(jax.make_jaxpr(lambda x: run(x))(x))
+    assert "reduce_window" not in jaxpr
+    with ops.plain():
+        (y_plain, dx_plain), jaxpr = run(x), str(jax.make_jaxpr(lambda x: run(x))(x))
+    assert "reduce_window" in jaxpr
+    np.testing.assert_array_equal(y, y_plain)
+    np.testing.assert_allclose(dx[1], dx_plain[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), CASES)
 @pytest.mark.parametrize(
     ("pool", "reduce"), [(ops.max_pool, np.max), (ops.avg_pool, np.mean)], ids=["max", "avg"]
 )

@@ -1,0 +1,102 @@
+"""The benchmark suite: every reference workload in JAX and in PyTorch, proved equal and then timed.
+
+    python -m benchmarks.throughput
+    python -m benchmarks.throughput --only lenet-128 --seconds 20
+
+Each workload is a duel (`jaxnets.interop.duel`) on generated images. The folder gets a record of each as
+JSON, `table.md` and `throughput.png`, anew after every workload; a workload that fails, by its parity or
+otherwise, is a record too, with its reason, and the exit status is 1.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks import throughput_report
+from benchmarks.workloads import WORKLOADS, Workload
+from jaxnets import errors, registry
+from jaxnets.config import RunOptions, read_words
+from jaxnets.train.checkpoint import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compare the throughput of jaxnets and PyTorch."""
+
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A workload; may be repeated. All of them by default."""
+    out: Path = Path("runs/throughput")
+    """The folder of the records."""
+    seconds: float = 60.0
+    """About how long each workload is measured, without compilation."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the suite; the exit status."""
+    try:
+        flags = read_words(Flags, argv, prog="python -m benchmarks.throughput")
+        for name in flags.only:
+            if name not in WORKLOADS:
+                raise errors.unknown("workload", name, WORKLOADS)
+        chosen = [WORKLOADS[name] for name in flags.only] or list(WORKLOADS.values())
+        return run_suite(chosen, flags.out, flags.seconds)
+    except (errors.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
+    """Run workloads one after another and write their records; the exit status."""
+    out.mkdir(parents=True, exist_ok=True)
+    records: dict[str, dict[str, Any]] = {}
+    for workload in workloads:
+        print(f"== {workload.name}", file=sys.stderr, flush=True)
+        record = records[workload.name] = {"workload": dataclasses.asdict(workload)}
+        try:
+            run_workload(workload, seconds, record)
+        except errors.UserError as error:
+            record["failure"] = str(error)
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+        text = json.dumps(record, indent=1)
+        write_atomically(out / f"{workload.name}.json", text + "\n")
+        write_atomically(out / "table.md", throughput_report.table(records))
+    throughput_report.draw(records, out / "throughput.png")
+    print(throughput_report.table(records))
+    print(f"everything is in {out}")
+    return int(any("failure" in record for record in records.values()))
+
+
+def run_workload(workload: Workload, seconds: float, record: dict[str, Any]) -> None:
+    """Run one workload's duel.
+
+    Args:
+        workload: which.
+        seconds: about how long to measure.
+        record: filled as far as the duel goes.
+
+    Raises:
+        UserError: if parity or something else fails.
+    """
+    from jaxnets.interop import duel
+
+    experiment = registry.resolve(f"{workload.module}:EXPERIMENT")
+    config = dataclasses.replace(
+        experiment.config,
+        dataset="noise",
+        model=workload.model,
+        batch_size=workload.batch_size,
+        **workload.fields,
+    )
+    options = RunOptions(
+        duel_mode=workload.mode, duel_seconds=seconds, parity_steps=workload.parity_steps
+    )
+    recipe = experiment.make_recipe(config, options)
+    duel.compare(workload.module, recipe, config, options, record)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

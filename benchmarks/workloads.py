@@ -1,0 +1,45 @@
+"""The reference workloads: what is compared with PyTorch, at which size."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One row of the suite.
+
+    Attributes:
+        name: as `--only` takes it.
+        model: a registered model.
+        batch_size: examples in a step.
+        mode: "train" or "inference".
+        parity_steps: training steps compared in both precisions before anything is timed.
+        fields: others of the experiment's config.
+        module: the experiment.
+    """
+
+    name: str
+    model: str
+    batch_size: int
+    mode: str = "train"
+    parity_steps: int = 20
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    module: str = "experiments.cifar10"
+
+
+_SMALL_STEPS = {"learning_rate": 0.001}
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("lenet-4", "lenet", 4, fields=_SMALL_STEPS),
+        Workload("lenet-128", "lenet", 128, fields=_SMALL_STEPS),
+        Workload("resnet18-128", "resnet18", 128, parity_steps=3, fields=_SMALL_STEPS),
+        Workload("speednet-256", "speednet", 256, parity_steps=3, fields=_SMALL_STEPS),
+        Workload("lenet-1-inference", "lenet", 1, "inference", 3, _SMALL_STEPS),
+        Workload("lenet-128-inference", "lenet", 128, "inference", 3, _SMALL_STEPS),
+        Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, _SMALL_STEPS),
+        Workload("resnet18-128-inference", "resnet18", 128, "inference", 1, _SMALL_STEPS),
+    )
+}

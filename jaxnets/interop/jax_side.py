@@ -1,0 +1,162 @@
+"""JAX's side of the duel as it runs in its process."""
+
+import contextlib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxnets.data import Batches
+from jaxnets.interop.measure import COPY_BYTES, PRODUCT_SIZE, best_seconds, num_cores, peak_bytes
+
+ENDLESS = 2**40  # positions; the order goes on over any number of epochs
+
+
+class JaxSide:
+    """Trains as the `train` command does, or predicts, on one device.
+
+    Args:
+        spec: as `contender.make_starters` writes it. "mode" is "train" or "inference"; "is_plain" asks
+            for `jax.lax`'s own operations and XLA's default options; "cache" is the folder of
+            compiled programs, or None.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]):
+        # tensorboardX imports PyTorch where it is there; JAX's side must not pay for that.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+        import jax
+
+        from jaxnets import ops, registry, train
+
+        del sys.modules["torch"]
+        from jaxnets.config import RunOptions, from_json
+
+        # Compilation is part of the report, so programs come from no other cache than the duel's own.
+        jax.config.update("jax_enable_compilation_cache", spec["cache"] is not None)
+        jax.config.update("jax_compilation_cache_dir", spec["cache"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        for file in spec["plugins"]:
+            registry.load_file(file)
+        experiment = importlib.import_module(spec["module"]).EXPERIMENT
+        self.after_imports = peak_bytes()
+        config = from_json(type(experiment.config), spec["config"])
+        data_dir = spec["data_dir"] and Path(spec["data_dir"])
+        options = RunOptions(data_dir=data_dir, verify=spec["verify"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parent has said it
+            recipe = experiment.make_recipe(config, options)
+        variables = unflatten(dict(np.load(spec["weights"])))
+        params = variables.pop("params")
+        strategy = train.make_strategy("jit", num_devices=1)
+        key = jax.random.key(recipe.seed)
+        self.is_training = spec["mode"] == "train"
+        self.is_plain = spec["is_plain"]
+        self.state = strategy.init(
+            lambda: train.create_state(lambda _: (params, variables), recipe.tx, key=key)
+        )
+        if self.is_training:
+            make_step = partial(
+                train.make_train_step,
+                recipe.loss_fn,
+                recipe.tx,
+                weights_fn=recipe.weights_fn,
+                coefficients=recipe.coefficients,
+            )
+            compile_program = partial(strategy.compile_step, make_step)
+        else:
+            predict_fn = recipe.predict_fn
+            assert predict_fn is not None  # the parent has checked
+
+            def make_predict(*, axis_name: str | None) -> Any:
+                del axis_name  # None, under jit
+                return lambda state, batch: predict_fn(state.params, state.model_state, batch)
+
+            compile_program = partial(strategy.compile_eval, make_predict)
+        self._form = ops.plain if self.is_plain else contextlib.nullcontext
+        with self._form():
+            self.program = compile_program(recipe.train_arrays)
+        self.batches = Batches(recipe.num_examples, recipe.batch_size, ENDLESS, seed=recipe.seed)
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(self.state.params)}
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        self.settings = {
+            "mode": spec["mode"],
+            "dtype": ", ".join(sorted(dtypes)),
+            "batch_size": len(self.batches[0]["index"]),
+            "matmul_precision": matmul_precision(precision, jax.default_backend()),
+            "jax_default_matmul_precision": precision,
+            "device": jax.default_backend(),
+            "device_kind": jax.devices()[0].device_kind,
+            "strategy": "jit, 1 device",
+            "is_plain": self.is_plain,
+            "threads": f"XLA's pool on {num_cores()} cores",
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            "versions": {
+                "jax": jax.__version__,
+                "jaxlib": importlib.import_module("jaxlib").__version__,
+            },
+        }
+
+    def step(self, i: int) -> Any:
+        """Dispatch step i; the loss or the logits, perhaps still being computed."""
+        with self._form():  # the first call traces
+            out = self.program(self.state, self.batches[i])
+        if not self.is_training:
+            return out
+        self.state, metrics = out
+        return metrics["loss"]
+
+    def check(self) -> dict[str, Any]:
+        """Nothing to do: parity has been shown of this very step."""
+        return {"parameter": "", "off_by": 0.0}
+
+    def finish(self, value: Any) -> float:
+        """Wait for all steps; the last one's loss, or the mean magnitude of its logits."""
+        import jax
+
+        jax.block_until_ready((self.state, value))
+        return float(np.mean(np.abs(value)))
+
+    def ceiling(self) -> dict[str, float]:
+        """What a float32 matrix product and a copy reach here, in operations and bytes a second."""
+        import jax
+        import jax.numpy as jnp
+
+        x = jnp.ones((PRODUCT_SIZE, PRODUCT_SIZE), jnp.float32)
+        product = jax.jit(jnp.matmul)
+        y = jnp.ones(COPY_BYTES // 4, jnp.float32)
+        copy = jax.jit(lambda y: y + 1)
+        return {
+            "flops": 2 * PRODUCT_SIZE**3 / best_seconds(lambda: product(x, x).block_until_ready()),
+            "bytes": 2 * COPY_BYTES / best_seconds(lambda: copy(y).block_until_ready()),
+        }
+
+
+def matmul_precision(setting: str | None, backend: str) -> str:
+    """JAX's precision of float32 matmuls in PyTorch's words: highest, high or medium."""
+    names = {
+        "highest": ("highest", "float32", "F32_F32_F32"),
+        "high": ("high", "tensorfloat32", "bfloat16_3x", "TF32_TF32_F32", "BF16_BF16_F32_X3"),
+        "medium": ("bfloat16", "fastest", "BF16_BF16_F32"),
+    }
+    if setting in (None, "default"):  # what that means is the backend's choice
+        return {"cpu": "highest", "gpu": "high"}.get(backend, "medium")
+    return next((name for name, ours in names.items() if setting in ours), str(setting))
+
+
+def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Nested dicts from paths such as "params/conv1/kernel"."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
+    return tree

@@ -1,0 +1,40 @@
+"""What both sides of the duel measure of their process and their machine."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRODUCT_SIZE = 2048  # rows and columns of the matrix product that stands for the ceiling
+COPY_BYTES = 2**28  # read and written by the copy
+_SECONDS = 0.5  # of each of the two
+
+
+def best_seconds(run: Callable[[], Any]) -> float:
+    """The least time of a call, over half a second of them, after one that doesn't count."""
+    run()
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < _SECONDS:
+        before = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - before)
+    return best
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    # Linux hands ru_maxrss on through exec, so a child starts with the parent's; VmHWM is its own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
