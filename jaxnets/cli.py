@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxnets import errors, registry, runner
+from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
@@ -90,6 +91,7 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
     command = argv.pop(0)
     if command not in COMMANDS:
         raise errors.unknown("command", command, COMMANDS)
+    keep_freed_memory()
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
     about = experiment.about

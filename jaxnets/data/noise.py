@@ -35,4 +35,4 @@ def load_noise(
         for count in (_NUM_TRAIN, _NUM_TEST)
     ]
     names = tuple(f"class {i}" for i in range(_NUM_CLASSES))
-    return Dataset("noise", *parts, names, "generated")
+    return Dataset("noise", parts[0], parts[1], names, "generated")
