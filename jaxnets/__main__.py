@@ -131,7 +131,7 @@ def examine(arguments: Doctor) -> int:
         return strategy.compile_eval(lambda axis_name: lambda state, batch: fn(*state))(arrays, {})
 
     findings = defects.examine(version, platform, as_in_training, is_guarded=strategy.is_guarded)
-    print(f"jaxlib {version} on {platform}; in training: in a step under --strategy jit")
+    print(f"jaxlib {version} on {platform}; in training: as a step is compiled")
     print(defects.format_findings(findings))
     if version not in defects.TRIED:
         print(f"\nby version: those known are {', '.join(defects.TRIED)}; of {version} nothing is known")

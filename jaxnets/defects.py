@@ -110,7 +110,7 @@ def warning(version: str, backend: str, *, is_guarded: bool, machine: str | None
     Args:
         version: of jaxlib.
         backend: the platform of JAX that the run uses, such as "cpu".
-        is_guarded: whether the run looks at its programs, as `--strategy jit` does on a CPU.
+        is_guarded: whether the run looks at its programs, as those on a CPU do but for `--no-jit`.
         machine: the processor; this one by default.
 
     Example:
@@ -158,7 +158,7 @@ class Finding:
     Attributes:
         defect: which.
         is_here: whether programs that JAX compiles by default have it.
-        in_training: whether those of a training step under `--strategy jit` have it.
+        in_training: whether those of training have it.
         how: "checked", "by version", or "by version: " and why it wasn't checked.
     """
 

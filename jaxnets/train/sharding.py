@@ -120,8 +120,7 @@ class Strategy:
     @property
     def is_guarded(self) -> bool:
         """Whether steps in which a known defect of jaxlib would show are compiled without it."""
-        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return is_cpu and self.use_jit and self.name == "jit"
+        return self.mesh.devices.flat[0].platform == "cpu" and self.use_jit
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Put a copy of every array on each device."""
@@ -207,8 +206,9 @@ class Strategy:
                     return body(state, resident, jax.tree.map(jnp.asarray, dict(draw)))
 
             return run_eagerly
+        is_worth_a_look = self.is_guarded and defects.has_faulty_fusions(jaxlib.version.__version__)
         if is_pmap:
-            mapped = jax.pmap(
+            mapped: Any = jax.pmap(
                 body,
                 axis_name=AXIS,
                 in_axes=(None, None, 0),
@@ -216,6 +216,9 @@ class Strategy:
                 devices=list(self.mesh.devices.flat),
                 donate_argnums=donated,
             )
+            if is_worth_a_look:  # pmap takes no compiler options; jit around it does
+                careful = jax.jit(mapped, donate_argnums=donated, compiler_options=_CAREFUL_CPU_OPTIONS)
+                mapped = _guard(mapped, careful)
 
             def run_mapped(state: PyTree, draw: Mapping[str, Any]):
                 if not isinstance(draw, _Split):
@@ -226,7 +229,7 @@ class Strategy:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, rows))
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not is_plain() else None)
-        if self.is_guarded and defects.has_faulty_fusions(jaxlib.version.__version__):
+        if is_worth_a_look:
             jitted = _guard(jitted, compiled(compiler_options=_CAREFUL_CPU_OPTIONS))
 
         def run(state: PyTree, draw: Mapping[str, Any]):
