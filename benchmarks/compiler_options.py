@@ -3,12 +3,13 @@
     python -m benchmarks.compiler_options --out runs/options
 
 Generated images of CIFAR-10's shape, models and steps of the library, one device. Every option is
-compiled from the same program, all start from the same state, and their turns are interleaved in
-rotating order. After each workload `options.json` and `options.md` are written: median and quartiles of
-a step, the ratio to what training uses now (of the same rounds; above 1 is faster), the time of
-compilation, and by how much the first update differs from that under XLA's defaults, as a share. An
-option that this jaxlib doesn't know is listed as refused. A set that is the same as training's shares
-its program, so its ratio shows the noise. Run it on an idle machine; two cores take about 25 minutes.
+compiled from the same program, all start from the same state, their turns are interleaved in rotating
+order, and freed memory is kept, as in the duel. After each workload `options.json` and `options.md` are
+written: median and quartiles of a step, the ratio to what training uses now (of the same rounds; above 1
+is faster), the time of compilation, and by how much the first update differs from that under XLA's
+defaults, as a share. An option that this jaxlib doesn't know is listed as refused. A set that is the
+same as training's shares its program, so its ratio shows the noise. Run it on an idle machine; two cores
+take about 25 minutes.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ import optax
 import tyro
 
 from jaxnets import errors, losses, models, ops, registry, train
+from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import read_words
 from jaxnets.data import Batches
 from jaxnets.defects import YNN_OPTION
@@ -265,6 +267,7 @@ def main(argv: list[str]) -> int:
                 raise errors.unknown("set of options", name, OPTIONS)
         if arguments.rounds < 1 or arguments.seconds <= 0:
             raise errors.ConfigError("rounds and seconds must be more than 0")
+        keep_freed_memory()  # before JAX starts threads
         if jax.default_backend() != "cpu":
             raise errors.ConfigError("these options are for a CPU: set JAX_PLATFORMS=cpu")
     except errors.UserError as error:
