@@ -1,4 +1,4 @@
-"""The commands that belong to no experiment: `python -m jaxnets list, inspect, version`."""
+"""The commands that belong to no experiment: `python -m jaxnets list, inspect, doctor, version`."""
 
 import dataclasses
 import importlib.util
@@ -7,11 +7,11 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from jaxnets import errors, registry
+from jaxnets import defects, errors, registry
 from jaxnets.config import read_words
 from jaxnets.version import __version__
 
@@ -41,6 +41,11 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Known defects of the jaxlib that is installed: which are here, and what avoids them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Version:
     """The version of jaxnets."""
 
@@ -59,14 +64,15 @@ def main(argv: Sequence[str]) -> int:
         arguments = read_words(kind, argv[1:], prog=f"python -m jaxnets {argv[0]}")
         for file in getattr(arguments, "plugin", ()):
             registry.load_file(file)
-        run(arguments)
+        status = run(arguments) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def list_components(arguments: List) -> None:
@@ -111,9 +117,31 @@ def inspect_model(arguments: Inspect) -> None:
     )
 
 
+def examine(arguments: Doctor) -> int:
+    """Print the known defects, and whether they are here; 1 if any is."""
+    import jax
+    import jaxlib.version
+
+    from jaxnets import train
+
+    version, platform = jaxlib.version.__version__, jax.default_backend()
+    strategy = train.make_strategy("jit", num_devices=1)
+
+    def as_in_training(fn: Callable, *arrays: Any) -> Any:
+        return strategy.compile_eval(lambda axis_name: lambda state, batch: fn(*state))(arrays, {})
+
+    findings = defects.examine(version, platform, as_in_training, is_guarded=strategy.is_guarded)
+    print(f"jaxlib {version} on {platform}; in training: as a step is compiled")
+    print(defects.format_findings(findings))
+    if version not in defects.TRIED:
+        print(f"\nby version: those known are {', '.join(defects.TRIED)}; of {version} nothing is known")
+    return int(any(finding.is_here for finding in findings))
+
+
 _COMMANDS: dict[str, tuple[type, Callable]] = {
     "list": (List, list_components),
     "inspect": (Inspect, inspect_model),
+    "doctor": (Doctor, examine),
     "version": (Version, lambda arguments: print(__version__)),
 }
 

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxnets import errors, registry, runner
+import jaxlib.version
+
+from jaxnets import defects, errors, registry, runner
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
@@ -130,6 +132,7 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
     strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
     usages = runner.check_recipe(recipe, strategy, options)
+    _warn_of_defects(strategy)
     values = to_json(config)
     opened = run_folder.open_run(
         folder,
@@ -178,6 +181,14 @@ def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
 
 def _strategy(options: RunOptions) -> sharding.Strategy:
     return sharding.make_strategy(options.strategy, num_devices=options.num_devices, use_jit=options.jit)
+
+
+def _warn_of_defects(strategy: sharding.Strategy) -> None:
+    version = jaxlib.version.__version__
+    platform = strategy.mesh.devices.flat[0].platform
+    line = defects.warning(version, platform, is_guarded=strategy.is_guarded)
+    if line and defects.is_news(line):
+        runner.say(f"warning: {line}")
 
 
 def _show_warning(message: Any, category: type, *_: Any) -> None:

@@ -21,6 +21,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 # A folder for each worker: an entry that another is still writing would be a warning, so an error.
 os.environ["JAX_COMPILATION_CACHE_DIR"] += os.sep + os.environ.get("PYTEST_XDIST_WORKER", "main")
+# Nor is what a test is told something that the user has been told.
+os.environ["JAXNETS_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 import jax
 import pytest

@@ -20,6 +20,7 @@ ROWS = {
     "jaxnets.typing": 0,
     "jaxnets.registry": 0,
     "jaxnets.config": 0,
+    "jaxnets.defects": 0,
     "jaxnets.recipe": 0,
     "jaxnets.ops": 1,
     "jaxnets.layers": 2,
