@@ -143,4 +143,4 @@ def test_a_worker_of_jax_loads_the_plugins(tmp_path):
         ours = starters[0]()
         ours.start()
         assert ours.side == "jax"
-        assert all(np.isfinite(ours.facts["first_losses"]))
+        assert all(np.isfinite(ours.facts["first_values"]))
