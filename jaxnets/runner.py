@@ -23,7 +23,7 @@ from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
 from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
-from jaxnets.train import checkpoint, hooks, sharding
+from jaxnets.train import checkpoint, hooks, program_cache, sharding
 from jaxnets.train.loop import Clock, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
@@ -85,6 +85,8 @@ def train(
     *,
     stop: hooks.StopOnSignal,
     on_start: Callable[[], None] = lambda: None,
+    begun: float | None = None,
+    programs: program_cache.Uses | None = None,
 ) -> dict[str, Any] | None:
     """Train in a run folder that is open.
 
@@ -96,6 +98,8 @@ def train(
         usages: as `check_recipe` gives them.
         stop: listens for signals.
         on_start: called once the state is there and nothing more can be refused.
+        begun: when the command was given, in seconds of `time.perf_counter`, for the record.
+        programs: of the cache of compiled programs, if one is open, for the record.
 
     Returns:
         what `result.json` holds, or None if a signal stopped the run.
@@ -156,7 +160,7 @@ def train(
             )
             return ShapeGuard(strategy.compile_step(make_step, arrays))
 
-        programs = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
+        steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         draws = Batches(
             recipe.num_examples,
             recipe.batch_size,
@@ -187,12 +191,12 @@ def train(
                 reason = None
                 if not early.is_over():  # or the run ended here before
                     state, reason = fit(
-                        programs[0],
+                        steps[0],
                         state,
                         batches,
                         hooks=[measure, writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
-                        later={begin: programs[begin] for begin, _ in recipe.stages},
+                        later={begin: steps[begin] for begin, _ in recipe.stages},
                     )
             last = int(state.step)
             if early.is_over():
@@ -221,6 +225,7 @@ def train(
     speed = totals["timed_examples"] / seconds if seconds else None
     usage = mean_usage(usages, last)
     used = mfu(usage, speed) if speed else None
+    waited = None if begun is None or clock.first_step is None else clock.first_step - begun
     result = {
         "experiment": recipe.name,
         "steps": last,
@@ -230,6 +235,8 @@ def train(
         "best_steps": best,
         "train_seconds": round(seconds, 3),
         "compile_seconds": round(totals["compile_seconds"], 3),
+        "seconds_to_first_step": None if waited is None else round(waited, 3),
+        "compile_cache": programs and programs.to_json(),
         "examples_per_second": round(speed, 1) if speed else None,
         "mfu": None if used is None else round(used, 5),
         "flops_per_example": round(usage.flops_per_example),

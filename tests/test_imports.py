@@ -20,6 +20,7 @@ ROWS = {
     "jaxnets.registry": 0,
     "jaxnets.config": 0,
     "jaxnets.recipe": 0,
+    "jaxnets.startup": 0,
     "jaxnets.ops": 1,
     "jaxnets.layers": 2,
     "jaxnets.losses": 2,
