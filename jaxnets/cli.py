@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,12 +13,12 @@ from typing import Any
 
 import jaxlib.version
 
-from jaxnets import defects, errors, registry, runner
+from jaxnets import defects, errors, registry, runner, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
-from jaxnets.train import checkpoint, hooks, run_folder, sharding
+from jaxnets.train import checkpoint, hooks, program_cache, run_folder, sharding
 
 COMMANDS = ("train", "eval", "duel")
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
@@ -60,10 +61,12 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 0, 1 if parity fails, 2 for a user's mistake, 128 + n after signal n.
     """
+    # The wait of a user who typed the command began with the process.
+    begun = startup.process_start() if argv is None else time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(experiment, list(sys.argv[1:] if argv is None else argv))
+            return _run(experiment, list(sys.argv[1:] if argv is None else argv), begun)
     except errors.ParityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -77,7 +80,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(experiment: Experiment, argv: list[str]) -> int:
+def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     prog = f"python -m {experiment.module}"
     if argv and argv[0] in ("-h", "--help"):
         print(
@@ -114,16 +117,25 @@ def _run(experiment: Experiment, argv: list[str]) -> int:
                 f"{folder} holds a run of {stored['experiment']}, not of {experiment.name}"
             )
         config, _ = parse(from_json(type(default), stored["config"]))
-        return _eval(experiment.make_recipe(config, options), options, folder)
+        with program_cache.opened(options.program_cache, use=options.cache_programs):
+            return _eval(experiment.make_recipe(config, options), options, folder)
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
         recipe = experiment.make_recipe(config, options)
         return run_duel(experiment.module, recipe, config, options)
-    return _train(experiment, config, options, folder)
+    with program_cache.opened(options.program_cache, use=options.cache_programs) as programs:
+        return _train(experiment, config, options, folder, begun, programs)
 
 
-def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
+def _train(
+    experiment: Experiment,
+    config: Any,
+    options: RunOptions,
+    folder: Path,
+    begun: float,
+    programs: program_cache.Uses,
+) -> int:
     for name in ("log_every", "eval_every", "checkpoint_every", "profile_steps"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
@@ -143,16 +155,28 @@ def _train(experiment: Experiment, config: Any, options: RunOptions, folder: Pat
     )
     with opened, hooks.StopOnSignal().installed() as stop:
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
-        result = runner.train(folder, recipe, options, strategy, usages, stop=stop, on_start=on_start)
+        result = runner.train(
+            folder,
+            recipe,
+            options,
+            strategy,
+            usages,
+            stop=stop,
+            on_start=on_start,
+            begun=begun,
+            programs=programs,
+        )
     if result is None:
         assert stop.signal is not None
         return 128 + stop.signal
     evaluated = result["eval"]
     pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
+    waited = result.get("seconds_to_first_step")
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
         f"after {result['epochs']:g} epochs; {result['train_seconds']:.1f} s of training, "
-        f"{result['compile_seconds']:.1f} s of compilation\n"
+        f"{result['compile_seconds']:.1f} s of compilation"
+        f"{f', first step after {waited:.1f} s' if waited else ''}\n"
         f"everything is in {folder}: result.json, curves.png{pictures}, metrics.csv, checkpoints, "
         "tensorboard"
     )

@@ -43,6 +43,10 @@ class RunOptions:
     """Batches of streamed data that are read ahead."""
     max_resident_gb: float = 4.0
     """How much data may be kept on each device, in gigabytes."""
+    cache_programs: bool = True
+    """Keep compiled programs, so that the next start of the same run need not compile them again."""
+    program_cache: Path | None = None
+    """Folder that they are kept in; JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxnets/xla by default."""
     profile_steps: int = 0
     """Steps to record in the folder `profile`, from the third on, for TensorBoard or Perfetto."""
     pictures: bool = True

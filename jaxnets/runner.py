@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import platform
@@ -22,7 +23,7 @@ from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
 from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
-from jaxnets.train import checkpoint, hooks, sharding
+from jaxnets.train import checkpoint, hooks, program_cache, sharding
 from jaxnets.train.loop import Clock, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
@@ -41,7 +42,7 @@ def check_recipe(
     """Refuse what can't run, before anything is written.
 
     Returns:
-        what training asks of the devices, by the step from which it does, and what they could do.
+        what training asks of the devices, by the step from which it does.
 
     Raises:
         ConfigError: if the batch doesn't divide, a number is out of range, the model doesn't fit the
@@ -54,7 +55,7 @@ def check_recipe(
     if recipe.num_positions > _MAX * recipe.batch_size:
         raise errors.ConfigError(f"the run has more than {_MAX} steps; choose fewer epochs")
     try:
-        jax.eval_shape(make_state(recipe))
+        state = jax.eval_shape(make_state(recipe))
     except errors.ConfigError:
         raise
     except ValueError as error:
@@ -62,17 +63,17 @@ def check_recipe(
     begins = [0, *(begin for begin, _ in recipe.stages), recipe.num_steps]
     if recipe.stages and any(a >= b for a, b in itertools.pairwise(begins)):
         raise errors.ConfigError(f"stages must begin one after another within the run, not at {begins}")
-    return _usages(recipe, strategy)
+    return _usages(recipe, state)
 
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
-    """What makes the state before the first step."""
-    return lambda: create_state(
-        recipe.init_fn,
-        recipe.tx,
-        key=jax.random.key(recipe.seed),
-        use_ema=recipe.ema_decay is not None,
-    )
+    """What makes the state before the first step; the same function again for the same recipe."""
+    return _make_state(recipe.init_fn, recipe.tx, recipe.seed, recipe.ema_decay is not None)
+
+
+@functools.lru_cache(maxsize=1)  # what JAX has traced of it once it need not trace again
+def _make_state(init_fn: Any, tx: Any, seed: int, use_ema: bool) -> Callable[[], TrainState]:
+    return lambda: create_state(init_fn, tx, key=jax.random.key(seed), use_ema=use_ema)
 
 
 def train(
@@ -84,6 +85,8 @@ def train(
     *,
     stop: hooks.StopOnSignal,
     on_start: Callable[[], None] = lambda: None,
+    begun: float | None = None,
+    programs: program_cache.Uses | None = None,
 ) -> dict[str, Any] | None:
     """Train in a run folder that is open.
 
@@ -95,6 +98,8 @@ def train(
         usages: as `check_recipe` gives them.
         stop: listens for signals.
         on_start: called once the state is there and nothing more can be refused.
+        begun: when the command was given, in seconds of `time.perf_counter`, for the record.
+        programs: of the cache of compiled programs, if one is open, for the record.
 
     Returns:
         what `result.json` holds, or None if a signal stopped the run.
@@ -116,6 +121,17 @@ def train(
         schedule = _Schedule(recipe, options)
         evaluation = hooks.Evaluate(make_evaluator(recipe, strategy, options), log, schedule.is_eval_due)
         early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
+
+        @functools.cache
+        def peak() -> float | None:
+            return peak_flops(list(strategy.mesh.devices.flat))
+
+        def measure(*_: Any) -> None:
+            """A hook: after the first step, when the devices have nothing to do."""
+            peak()
+
+        def mfu(usage: Usage, speed: float) -> float | None:
+            return dataclasses.replace(usage, peak=peak()).mfu(speed)
 
         def progress() -> dict[str, float]:
             return _add(spent, clock, recipe)
@@ -144,7 +160,7 @@ def train(
             )
             return ShapeGuard(strategy.compile_step(make_step, arrays))
 
-        programs = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
+        steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         draws = Batches(
             recipe.num_examples,
             recipe.batch_size,
@@ -161,7 +177,7 @@ def train(
                     evaluation,
                     first=first,
                     clock=clock,
-                    mfu=lambda step, speed: usages[max(b for b in usages if b < step)].mfu(speed),
+                    mfu=lambda step, speed: mfu(usages[max(b for b in usages if b < step)], speed),
                 ) as show,
                 hooks.Profile(folder / "profile", first + 2, options.profile_steps) as profile,
             ):
@@ -175,12 +191,12 @@ def train(
                 reason = None
                 if not early.is_over():  # or the run ended here before
                     state, reason = fit(
-                        programs[0],
+                        steps[0],
                         state,
                         batches,
-                        hooks=[writing, evaluation, saving, show, profile, early, stop],
+                        hooks=[measure, writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
-                        later={begin: programs[begin] for begin, _ in recipe.stages},
+                        later={begin: steps[begin] for begin, _ in recipe.stages},
                     )
             last = int(state.step)
             if early.is_over():
@@ -208,7 +224,8 @@ def train(
     seconds = totals["train_seconds"]
     speed = totals["timed_examples"] / seconds if seconds else None
     usage = mean_usage(usages, last)
-    mfu = usage.mfu(speed) if speed else None
+    used = mfu(usage, speed) if speed else None
+    waited = None if begun is None or clock.first_step is None else clock.first_step - begun
     result = {
         "experiment": recipe.name,
         "steps": last,
@@ -218,10 +235,12 @@ def train(
         "best_steps": best,
         "train_seconds": round(seconds, 3),
         "compile_seconds": round(totals["compile_seconds"], 3),
+        "seconds_to_first_step": None if waited is None else round(waited, 3),
+        "compile_cache": programs and programs.to_json(),
         "examples_per_second": round(speed, 1) if speed else None,
-        "mfu": None if mfu is None else round(mfu, 5),
+        "mfu": None if used is None else round(used, 5),
         "flops_per_example": round(usage.flops_per_example),
-        "peak_flops": None if usage.peak is None else round(usage.peak),
+        "peak_flops": None if (most := peak()) is None else round(most),
         "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
         "num_workers": options.num_workers if arrays is None else None,
         "num_devices": strategy.num_devices,
@@ -287,8 +306,7 @@ class _Schedule:
         return self.recipe.num_positions % self.recipe.batch_size != 0
 
 
-def _usages(recipe: Recipe, strategy: sharding.Strategy) -> dict[int, Usage]:
-    # In 0.2 to 0.3 s.
+def _usages(recipe: Recipe, state: TrainState) -> dict[int, Usage]:
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
@@ -297,12 +315,10 @@ def _usages(recipe: Recipe, strategy: sharding.Strategy) -> dict[int, Usage]:
         for name, x in row_of(recipe.train, 0).items()
     }
     batch |= data | ({"partner": data | {"index": batch["index"]}} if recipe.partners else {})
-    state = jax.eval_shape(make_state(recipe))
-    peak = peak_flops(list(strategy.mesh.devices.flat))
     usages = {}
     for begin, loss_fn in recipe.loss_fns.items():
         try:
-            usages[begin] = usage_of(loss_fn, state, batch, peak)
+            usages[begin] = usage_of(loss_fn, state, batch)
         except errors.UserError:
             raise
         except (FlaxError, TypeError, ValueError) as error:

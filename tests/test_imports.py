@@ -22,6 +22,7 @@ ROWS = {
     "jaxnets.config": 0,
     "jaxnets.defects": 0,
     "jaxnets.recipe": 0,
+    "jaxnets.startup": 0,
     "jaxnets.ops": 1,
     "jaxnets.layers": 2,
     "jaxnets.losses": 2,

@@ -11,7 +11,9 @@ part is the last fifth in file order, in which the writers follow one another, s
 writers never trained on. Take this set to see whether a model learns, not how well it generalises.
 """
 
+import gzip
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +48,7 @@ def load_digits(
     """
     del data_dir, progress
     check_verify(verify)
-    try:
-        from sklearn.datasets import load_digits as load_bunch
-    except ImportError as error:
-        raise errors.DataError(
-            "the data set digits comes with scikit-learn, which isn't installed: "
-            "pip install 'jaxnets[datasets]'"
-        ) from error
-    flat, label = load_bunch(return_X_y=True)
+    flat, label = _read()
     image_NHW, label = flat.astype(np.uint8).reshape(-1, 8, 8), label.astype(np.int32)
     digest = hashlib.sha256(image_NHW.tobytes() + label.astype(np.uint8).tobytes()).hexdigest()
     source = check_digests(
@@ -74,6 +69,27 @@ def load_digits(
         class_names=tuple("0123456789"),
         source=source,
     )
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Images `[N, 64]` and labels `[N]`, as scikit-learn has them."""
+    # Its file alone, where that is: importing scikit-learn would take as long as importing JAX.
+    found = importlib.util.find_spec("sklearn")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            with gzip.open(path, "rt", encoding="ascii") as file:
+                rows = np.loadtxt(file, dtype=np.uint8, delimiter=",")
+            return rows[:, :-1], rows[:, -1]
+    try:
+        from sklearn.datasets import load_digits as load_bunch
+    except ImportError as error:
+        raise errors.DataError(
+            "the data set digits comes with scikit-learn, which isn't installed: "
+            "pip install 'jaxnets[datasets]'"
+        ) from error
+    flat, label = load_bunch(return_X_y=True)
+    return np.asarray(flat), np.asarray(label)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from jaxnets import errors
 from jaxnets.train.sharding import path_of
@@ -170,6 +169,7 @@ class Checkpoints:
         # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
         copy = jax.block_until_ready(jax.tree.map(jnp.copy, _as_dict(state)))
         arrays = _describe(copy)
+        _orbax()  # here, not in the thread: importing is for the main one
         future = self._executor.submit(
             self._write, step, copy, arrays, score, dict(extra or {}), set(keep)
         )
@@ -220,7 +220,7 @@ class Checkpoints:
                 )
         self._verify(step, manifest)
         try:
-            restored = ocp.load(str(self._folder_of(step) / "state"), _as_dict(abstract))
+            restored = _orbax().load(str(self._folder_of(step) / "state"), _as_dict(abstract))
         except Exception as error:
             raise errors.CheckpointError(
                 f"the checkpoint in {self._folder_of(step)} can't be read: {_first_line(error)}"
@@ -244,7 +244,7 @@ class Checkpoints:
         folder = self._folder_of(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        ocp.save(str(folder / "state"), arrays)
+        _orbax().save(str(folder / "state"), arrays)
         files = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             _sync(path)
@@ -314,6 +314,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _orbax() -> Any:
+    """Orbax, imported when it is first needed: a new run's first step need not wait for it."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Clock:
         wait: waiting for steps, in the loop or in a hook that reads their metrics.
         hooks: everything else that hooks did.
         steps: how many steps `data`, `dispatch` and `wait` are about; those first ones aren't.
+        first_step: when the first step was done, in seconds of `time.perf_counter`; None before.
     """
 
     compile: float = 0.0
@@ -90,6 +91,7 @@ class Clock:
     wait: float = 0.0
     hooks: float = 0.0
     steps: int = 0
+    first_step: float | None = None
 
     @property
     def train(self) -> float:
@@ -152,6 +154,7 @@ def fit(
         dispatched = time.perf_counter()
         if is_new:
             clock.compile += dispatched - start
+            clock.first_step = clock.first_step or dispatched
         metrics = StepMetrics(i + 1, values, index, clock)
         # 3. Read the previous step's guard: one step late, so that the device always has work.
         if previous is not None:

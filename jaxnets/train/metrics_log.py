@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from jaxnets import errors
 from jaxnets.train.checkpoint import write_atomically
@@ -29,9 +29,6 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, step: int):
-        # Only here: it imports PyTorch where that is installed, and sets an environment variable.
-        from tensorboardX import SummaryWriter
-
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self._columns: list[str] = []
         self.rows = _rows_until(self._jsonl, step)
@@ -39,7 +36,8 @@ class MetricsLog:
         self._rewrite_table()
         self._lines: IO[str] = self._jsonl.open("a")
         self._table: IO[str] = self._csv.open("a", newline="")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._folder, self._step = folder, step
+        self._events: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
@@ -54,6 +52,7 @@ class MetricsLog:
             self._table = self._csv.open("a", newline="")
         self._lines.write(_line(row))
         self._lines.flush()
+        self._events = self._events or self._open_events()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -62,14 +61,23 @@ class MetricsLog:
         for file in (self._lines, self._table):
             file.flush()
             os.fsync(file.fileno())
-        self._events.flush()
+        if self._events:
+            self._events.flush()
 
     def close(self) -> None:
         """Sync and close the files."""
         self.sync()
         self._lines.close()
         self._table.close()
-        self._events.close()
+        if self._events:
+            self._events.close()
+
+    def _open_events(self) -> Any:
+        # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only
+        # with the first row, so that the first step need not wait for it.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
 
     def _rewrite_table(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]

@@ -83,7 +83,7 @@ def mean_usage(usages: Mapping[int, Usage], num_steps: int) -> Usage:
     return dataclasses.replace(first, flops_per_example=total / num_steps) if num_steps else first
 
 
-def usage_of(loss_fn: LossFn, state: TrainState, batch: Batch, peak: float | None) -> Usage:
+def usage_of(loss_fn: LossFn, state: TrainState, batch: Batch, peak: float | None = None) -> Usage:
     """Count a model's operations.
 
     A training step is taken for three forward passes: one forward, two for the gradients.

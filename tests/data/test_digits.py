@@ -58,10 +58,20 @@ def test_enlarge():
 
 
 def test_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # as if it weren't installed
+    for name in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it weren't installed
     with pytest.raises(errors.DataError, match=r"pip install 'jaxnets\[datasets\]'") as error:
         load_digits()
     assert "\n" not in str(error.value)
+
+
+def test_scikit_learn_is_not_imported_but_where_its_file_is_elsewhere(monkeypatch):
+    expected = load_digits()
+    monkeypatch.setattr(sklearn_datasets, "load_digits", None)
+    np.testing.assert_array_equal(load_digits().train["image"], expected.train["image"])
+    monkeypatch.undo()
+    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    assert load_digits(verify="strict").source == expected.source
 
 
 def test_another_edition_is_noticed(monkeypatch):

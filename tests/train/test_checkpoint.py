@@ -195,7 +195,7 @@ def test_a_failed_save_is_told_and_leaves_the_last_good_one(saved, strategy, mon
         raise OSError(28, "No space left on device")
 
     with Checkpoints(folder) as checkpoints:
-        monkeypatch.setattr("jaxnets.train.checkpoint.ocp.save", full)
+        monkeypatch.setattr("orbax.checkpoint.v1.save", full)
         checkpoints.save(at_step(state, 4))
         concurrent.futures.wait([checkpoints._pending[1]])
         with pytest.raises(errors.CheckpointError, match=r"disk is full.*step 3 is unharmed"):
