@@ -30,19 +30,19 @@ def batch_moments(x: Array, mask: Array | None = None) -> tuple[Array, Array, Ar
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     x = x.astype(dtype)
-    axes = tuple(range(x.ndim - 1))  # all but the channels
     per_row = math.prod(x.shape[1:-1])
-    if mask is None:
-        keep = jnp.ones((1,) * x.ndim, bool)
-        rows = jnp.asarray(x.shape[0], dtype)
-    else:
-        keep = mask.reshape(mask.shape + (1,) * (x.ndim - 1))
-        rows = jnp.sum(mask, dtype=dtype)
-    count, total = data_sum((rows * per_row, jnp.sum(jnp.where(keep, x, 0), axes)))
-    mean = total / jnp.maximum(count, 1)
-    centred = jnp.where(keep, x - _along_channels(mean, x), 0)
-    squares = data_sum(jnp.sum(centred * centred, axes))
-    return mean, squares / jnp.maximum(count, 1), count
+    num_rows = x.shape[0] if mask is None else jnp.sum(mask, dtype=dtype)
+    count = data_sum(jnp.asarray(num_rows * per_row, dtype))
+
+    def mean_of(values: Array) -> Array:
+        # Row by row first: which of them count is then asked once a row and channel, not everywhere.
+        sums = jnp.sum(values, tuple(range(1, x.ndim - 1)))
+        kept = sums if mask is None else jnp.where(mask[:, None], sums, 0)
+        return data_sum(jnp.sum(kept, 0)) / jnp.maximum(count, 1)
+
+    mean = mean_of(x)
+    centred = x - _along_channels(mean, x)
+    return mean, mean_of(centred * centred), count
 
 
 def _along_channels(values: Array, x: Array) -> Array:

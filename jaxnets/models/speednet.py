@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxnets.layers import BatchNorm, Conv, constrain
-from jaxnets.ops import max_pool, normalize_images
+from jaxnets.ops import gelu, max_pool, normalize_images
 from jaxnets.typing import Array, Indexed, Params, PyTree
 
 PATCH = 2  # pixels a side of the patches that the first layer sees
@@ -89,7 +89,7 @@ class SpeedNet(nn.Module):
         del rows
         patches = 2 * PATCH * PATCH * image.shape[3]  # every direction and its opposite
         whiten = Conv(patches, (PATCH, PATCH), dtype=self.dtype, name="whiten")
-        x_BHWC = jax.nn.gelu(whiten(image), approximate=False)
+        x_BHWC = gelu(whiten(image))
         for i, width in enumerate(self.widths, start=1):
             for j in (1, 2):
                 x_BHWC = Conv(
@@ -109,7 +109,7 @@ class SpeedNet(nn.Module):
                     dtype=self.dtype,
                     name=f"norm{i}_{j}",
                 )
-                x_BHWC = jax.nn.gelu(norm(x_BHWC, train=train, mask=mask), approximate=False)
+                x_BHWC = gelu(norm(x_BHWC, train=train, mask=mask))
             x_BHWC = constrain(x_BHWC, "batch", None, None, None)
         _, height, width, _ = x_BHWC.shape
         x_BC = max_pool(x_BHWC, (height, width))[:, 0, 0]

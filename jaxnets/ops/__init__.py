@@ -1,5 +1,6 @@
 """Pure array functions that several packages share."""
 
+from jaxnets.ops.activation import gelu as gelu
 from jaxnets.ops.convolution import convolve as convolve
 from jaxnets.ops.forms import plain as plain
 from jaxnets.ops.hash import row_bits as row_bits
