@@ -41,8 +41,8 @@ def test_a_registered_set_is_loaded_with_the_options(registered, tmp_path):
 
 
 def test_the_names_that_are_always_there():
-    assert {"cifar10", "digits", "mnist"} <= set(registry.names("dataset"))
-    for name in ("cifar10", "digits", "mnist"):
+    assert {"cifar10", "digits", "mnist", "noise"} <= set(registry.names("dataset"))
+    for name in ("cifar10", "digits", "mnist", "noise"):
         assert callable(registry.get("dataset", name))
 
 
@@ -184,3 +184,12 @@ def test_public_names():
 
     assert {"Batches", "Dataset", "index", "load", "take"} <= set(dir(data))
     assert data.load is datasets.load
+
+
+def test_noise_has_the_shape_of_cifar10_and_is_the_same_each_time():
+    first, second = load("noise"), load("noise")
+    assert (first.num_train, first.image_shape, first.num_classes) == (10_000, (32, 32, 3), 10)
+    assert len(first.test["label"]) == 2_000
+    assert (first.train["image"] == second.train["image"]).all()
+    assert (first.train["image"][:2_000] != first.test["image"]).any()
+    assert set(first.train["label"]) == set(range(10))
