@@ -10,6 +10,7 @@ otherwise, is a record too, with its reason, and the exit status is 1.
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from benchmarks import throughput_report
 from benchmarks.workloads import WORKLOADS, Workload
 from jaxnets import errors, registry
 from jaxnets.config import RunOptions, read_words
+from jaxnets.interop.reference import require_torch
 from jaxnets.train.checkpoint import write_atomically
 
 
@@ -42,11 +44,16 @@ def main(argv: list[str]) -> int:
         for name in flags.only:
             if name not in WORKLOADS:
                 raise errors.unknown("workload", name, WORKLOADS)
+        if not (math.isfinite(flags.seconds) and flags.seconds > 0):
+            raise errors.ConfigError(f"seconds is {flags.seconds}; it must be above 0")
+        require_torch()
         chosen = [WORKLOADS[name] for name in flags.only] or list(WORKLOADS.values())
         return run_suite(chosen, flags.out, flags.seconds)
     except (errors.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
@@ -55,16 +62,20 @@ def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
     records: dict[str, dict[str, Any]] = {}
     for workload in workloads:
         print(f"== {workload.name}", file=sys.stderr, flush=True)
+        (out / f"{workload.name}.json").unlink(
+            missing_ok=True
+        )  # an old ratio must not outlive a failure
         record = records[workload.name] = {"workload": dataclasses.asdict(workload)}
         try:
             run_workload(workload, seconds, record)
-        except errors.UserError as error:
-            record["failure"] = str(error)
-            print(f"failed: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # whatever it is, the other workloads go on
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            record["failure"] = lines[0] if isinstance(error, errors.UserError) else repr(error)
+            print(f"failed: {record['failure']}", file=sys.stderr, flush=True)
         text = json.dumps(record, indent=1)
         write_atomically(out / f"{workload.name}.json", text + "\n")
         write_atomically(out / "table.md", throughput_report.table(records))
-    throughput_report.draw(records, out / "throughput.png")
+        throughput_report.draw(records, out / "throughput.png")
     print(throughput_report.table(records))
     print(f"everything is in {out}")
     return int(any("failure" in record for record in records.values()))

@@ -7,6 +7,7 @@ from typing import Any
 
 _COLUMNS = (
     "workload",
+    "parity",
     "ratio (quartiles)",
     "jaxnets, images/s (quartiles)",
     "PyTorch's best, images/s (quartiles)",
@@ -47,16 +48,25 @@ def table(records: Records) -> str:
 def _cells(record: Mapping[str, Any]) -> list[str]:
     ours, theirs, plain = record["jaxnets"], record["torch"], record["plain_jax"]
     low, high = record["ratio_spread"]["quartiles"]
+    steps = record["parity"]["num_steps"]
     return [
+        f"{steps} steps",
         f"**{record['ratio']:.2f}** ({low:.2f} to {high:.2f})",
-        _speed(ours),
+        f"{_speed(ours)}, {_threads(ours)}",
         f"{_speed(theirs)}, {theirs['best']}",
         f"{plain['examples_per_second']:,.0f}",
         f"{ours['share_of_ceiling']:.0%}, {theirs['share_of_ceiling']:.0%}",
-        f"{ours['first_step_seconds']:.2f}, {record['warm']['first_step_seconds']:.2f}, "
-        f"{theirs['first_step_seconds']:.2f} s",
+        f"{ours['first_step_seconds']:.2f}, {_warm(record)}, {theirs['first_step_seconds']:.2f} s",
         f"{ours['peak_memory_bytes'] / 2**20:,.0f}, {theirs['peak_memory_bytes'] / 2**20:,.0f}",
     ]
+
+
+def _warm(record: Mapping[str, Any]) -> str:
+    return f"{record['warm']['first_step_seconds']:.2f}" if record["warm"] else "not warm"
+
+
+def _threads(side: Mapping[str, Any]) -> str:
+    return side["best"].rpartition(", ")[2]
 
 
 def _speed(side: Mapping[str, Any]) -> str:

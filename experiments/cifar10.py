@@ -209,6 +209,7 @@ _ONLY_HERE = (
     "flip",
     "cutout",
     "mixup",
+    "eval_views",
     "dtype",
 )
 

@@ -119,13 +119,12 @@ def inspect_model(arguments: Inspect) -> None:
 
 def examine(arguments: Doctor) -> int:
     """Print the known defects, and whether they are here; 1 if any is."""
-    import jax
     import jaxlib.version
 
     from jaxnets import train
 
-    version, platform = jaxlib.version.__version__, jax.default_backend()
     strategy = train.make_strategy("jit", num_devices=1)
+    version, platform = jaxlib.version.__version__, strategy.mesh.devices.flat[0].platform
 
     def as_in_training(fn: Callable, *arrays: Any) -> Any:
         return strategy.compile_eval(lambda axis_name: lambda state, batch: fn(*state))(arrays, {})

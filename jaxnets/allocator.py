@@ -8,6 +8,7 @@ is that of the step before. The price is a process that holds its peak of memory
 
 import contextlib
 import ctypes
+import os
 import platform
 
 # From glibc's malloc.h.
@@ -15,7 +16,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _SETTINGS = (
     (_ARENA_MAX, 1),  # other arenas map large blocks whatever the next line says
     (_MMAP_MAX, 0),
-    (_TRIM_THRESHOLD, 2**31 - 1),
+    (_TRIM_THRESHOLD, -1),  # never
     (_TOP_PAD, 2**26),  # bytes by which the heap grows at least
 )
 
@@ -23,13 +24,14 @@ _SETTINGS = (
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory, for the rest of the process.
 
-    Call it before JAX or PyTorch starts threads. It changes nothing that a user can see but speed and
-    memory, and nothing where the C library is another.
+    Call it before JAX or PyTorch starts threads. It does nothing where the C library is another, or
+    where the user has set it up by `MALLOC_...` or `GLIBC_TUNABLES`.
 
     Returns:
         whether the allocator took it.
     """
-    if platform.libc_ver()[0] != "glibc":
+    is_set_up = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set_up or platform.libc_ver()[0] != "glibc":
         return False
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

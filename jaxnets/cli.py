@@ -96,7 +96,6 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     command = argv.pop(0)
     if command not in COMMANDS:
         raise errors.unknown("command", command, COMMANDS)
-    keep_freed_memory()
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
     about = experiment.about
@@ -106,6 +105,9 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     config, options = parse(default)
     for file in options.plugin:
         registry.load_file(file)
+    if command != "duel":  # whose workers do both by themselves
+        keep_freed_memory()
+        startup.limit_threads(options.threads)
     folder = Path("runs") / (f"{experiment.name}-{preset}" if preset else experiment.name)
     folder = options.run_dir or folder
     options = dataclasses.replace(options, run_dir=folder)

@@ -33,6 +33,9 @@ class RunOptions:
     """How a step is spread over devices: jit or pmap."""
     num_devices: int | None = None
     """How many devices to use; all by default."""
+    threads: int | None = None
+    """On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
+    little more than a millisecond."""
     jit: bool = True
     """Compile. Otherwise run eagerly on one device, for debugging."""
     stream: bool = False

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from jaxnets.interop.sides import initial_variables
 from jaxnets.interop.weights import flatten, to_torch
 from jaxnets.recipe import Recipe
 
-OURS, PLAIN, WARM = "jaxnets", "plain JAX", "jaxnets, warm cache"
 GRADIENT_BOUND = 1e-3  # of the largest magnitude, in float32: far above rounding, far below a bug
 
 
@@ -82,6 +81,8 @@ class Contender:
             "first_step_seconds": first["seconds"],
             "seconds_to_first_steps": time.perf_counter() - self._born,
             "first_values": first["values"],
+            "cache_hits": first["cache_hits"],
+            **self.ask("memory"),  # before the check, which takes memory of its own
         }
         self.facts["gradients"] = check = self.ask("check")
         if check["off_by"] > GRADIENT_BOUND:
@@ -97,7 +98,7 @@ class Contender:
             NonFiniteError: if the loss, or a logit, is no longer a number.
         """
         reply = self.ask("run", steps=steps)
-        if reply["value"] is None:
+        if not reply["is_finite"]:
             raise errors.NonFiniteError(
                 f"the numbers of {self.name} are no longer finite; try a smaller --learning-rate"
             )
@@ -141,6 +142,22 @@ class Contender:
                     pipe.close()
 
 
+class Starters(NamedTuple):
+    """Functions that start a contender each.
+
+    Attributes:
+        ours: JAX's, with one thread and with all.
+        plain: JAX's in the plain form, with all threads.
+        torch: PyTorch's variants.
+        again: starts one of ours once more, to find its programs in the cache.
+    """
+
+    ours: list[Callable[[], Contender]]
+    plain: Callable[[], Contender]
+    torch: list[Callable[[], Contender]]
+    again: Callable[[Contender], Contender]
+
+
 def make_starters(
     module: str,
     recipe: Recipe,
@@ -149,11 +166,8 @@ def make_starters(
     options: RunOptions,
     folder: Path,
     stack: contextlib.ExitStack,
-) -> list[Callable[[], Contender]]:
-    """Functions that start a contender each.
-
-    The first is JAX's, the second JAX's in the plain form, the last JAX's again, which finds the
-    programs of the first in the cache; those between are PyTorch's variants.
+) -> Starters:
+    """Prepare the contenders' files, and functions that start them.
 
     Args:
         module: of the experiment, such as "experiments.digits".
@@ -176,8 +190,6 @@ def make_starters(
         "plugins": [str(file.expanduser().resolve()) for file in options.plugin],
         "weights": str(folder / "linen.npz"),
         "mode": options.duel_mode,
-        "is_plain": False,
-        "cache": str(folder / "xla"),
     }
     torch_spec = {
         "name": recipe.name,
@@ -189,37 +201,55 @@ def make_starters(
         "seed": recipe.seed,
         "mode": options.duel_mode,
     }
-    # A cache from an earlier duel would make the first step look quick.
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    env = dict(os.environ)
     if options.duel_mode == "inference":  # torch.compile then folds normalisations and packs weights
         env |= {"TORCHINDUCTOR_FREEZING": "1"}
 
     def starter(label: str, side: str, spec: Mapping[str, Any]) -> Callable[[], Contender]:
         def start() -> Contender:
-            log = folder / f"{label.replace(' ', '-')}.log"
-            contender = Contender(label, side, spec, env, log)
+            log = folder / f"{label.replace(' ', '-').replace(',', '')}.log"
+            # A cache from an earlier duel, or variant, would make the first step look quick.
+            own = {"TORCHINDUCTOR_CACHE_DIR": str(log.with_suffix(".inductor"))}
+            contender = Contender(label, side, spec, env | own, log)
             stack.callback(contender.close)
             return contender
 
         return start
 
-    starters = [
-        starter(OURS, "jax", jax_spec),
-        starter(PLAIN, "jax", jax_spec | {"is_plain": True, "cache": None}),
-    ]
+    def ours(threads: int, suffix: str = "") -> Callable[[], Contender]:
+        # Each has a cache of its own, or the second would find what the first has compiled.
+        spec = jax_spec | {
+            "is_plain": False,
+            "cache": str(folder / f"xla-{threads}"),
+            "threads": threads,
+        }
+        return starter(f"jaxnets, {_plural(threads)}{suffix}", "jax", spec)
+
+    variants = []
     for is_compiled in (False, True):
         for channels_last in (False, True):
             for threads in sorted({1, num_cores()}):
                 label = f"{'compile' if is_compiled else 'eager'}"
                 label += ", channels_last" if channels_last else ""
-                label += f", {threads} thread{'s' if threads > 1 else ''}"
+                label += f", {_plural(threads)}"
                 variant = {
                     "is_compiled": is_compiled,
                     "channels_last": channels_last,
                     "threads": threads,
                 }
-                starters.append(starter(label, "torch", torch_spec | variant))
-    return [*starters, starter(WARM, "jax", jax_spec)]
+                variants.append(starter(label, "torch", torch_spec | variant))
+    return Starters(
+        [ours(threads) for threads in sorted({1, num_cores()})],
+        starter(
+            "plain JAX", "jax", jax_spec | {"is_plain": True, "cache": None, "threads": num_cores()}
+        ),
+        variants,
+        lambda contender: ours(contender.facts["settings"]["threads"], ", warm cache")(),
+    )
+
+
+def _plural(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

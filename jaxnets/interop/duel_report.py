@@ -14,49 +14,65 @@ from jaxnets.interop.contender import Contender
 from jaxnets.version import __version__
 
 
+def best_of(contenders: Sequence[Contender]) -> Contender:
+    """The fastest of those that were timed in rounds, by the median."""
+    timed = [contender for contender in contenders if contender.is_open]
+    return max(timed, key=lambda contender: float(np.median(contender.rounds)))
+
+
+def most_threads(contenders: Sequence[Contender]) -> Contender:
+    """Of those that were timed in rounds, the one with the most threads."""
+    timed = [contender for contender in contenders if contender.is_open]
+    return max(timed, key=lambda contender: contender.facts["settings"]["threads"])
+
+
 def assemble(
-    ours: Contender,
-    plain: Contender,
+    groups: Mapping[str, Sequence[Contender]],
     again: Contender,
-    variants: Sequence[Contender],
     failed: Mapping[str, str],
     ceiling: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Put the figures together.
 
     Args:
-        ours: JAX's contender.
-        plain: JAX's in the plain form.
-        again: JAX's once more, which found its programs in a cache.
-        variants: PyTorch's, at least one, whose figures may come from the screening alone.
+        groups: "ours", JAX's; "plain", JAX's in the plain form; "torch", PyTorch's variants. At least
+            one of each, of which some may have been screened only.
+        again: JAX's best once more, which should have found its programs in a cache.
         failed: PyTorch's variants that could not run, with the reason.
         ceiling: what each side's product and copy reached.
 
     Returns:
         "jaxnets", "plain_jax", "torch", "ratio" (JAX's median over that of PyTorch's best variant,
         above 1 if JAX is faster), "ratio_spread" (of the rounds, each of which timed both),
-        "ratio_to_plain" (over the plain form's median), "warm", "ceiling", "device", "processor",
-        "versions".
+        "ratio_to_plain" (over the plain form's median), "warm" (None if the cache gave nothing),
+        "ceiling", "device", "processor", "versions".
     """
-    timed = [variant for variant in variants if variant.is_open]
-    best = max(timed, key=lambda variant: float(np.median(variant.rounds)))
+    ours, best, plain = best_of(groups["ours"]), best_of(groups["torch"]), groups["plain"][0]
     pairs = np.divide(ours.rounds, best.rounds)
-    table = {variant.name: figures(variant) for variant in variants}
-    for variant in variants:
-        table[variant.name]["dropped_after_screening"] = not variant.is_open
-    table |= {name: {"failed": reason} for name, reason in failed.items()}
+    table = {name: {one.name: figures(one) for one in groups[name]} for name in ("ours", "torch")}
+    for name, rows in table.items():
+        for one in groups[name]:
+            rows[one.name]["dropped_after_screening"] = not one.is_open
+    table["torch"] |= {name: {"failed": reason} for name, reason in failed.items()}
     settings = dict(best.facts["settings"])
+
+    def figures_of(group: str, one: Contender) -> dict[str, Any]:
+        rows = table[group]
+        return {"best": one.name, **rows[one.name], "variants": rows, "settings": one.facts["settings"]}
+
     return {
-        "jaxnets": {**figures(ours), "settings": ours.facts["settings"]},
-        "plain_jax": figures(plain),
-        "torch": {"best": best.name, **table[best.name], "variants": table, "settings": settings},
+        "jaxnets": figures_of("ours", ours),
+        "plain_jax": figures(plain) | {"settings": plain.facts["settings"]},
+        "torch": figures_of("torch", best),
         "ratio": _quotient(ours, best),
         "ratio_spread": _spread(pairs, digits=4),
         "ratio_to_plain": _quotient(ours, plain),
         "warm": {
             name: round(again.facts[name], 3)
-            for name in ("first_step_seconds", "seconds_to_first_steps")
-        },
+            for name in ("first_step_seconds", "seconds_to_first_steps", "cache_hits")
+        }
+        if again.facts["cache_hits"]
+        else None,
         "ceiling": {
             "flops": round(max(side["flops"] for side in ceiling.values())),
             "bytes_per_second": round(max(side["bytes"] for side in ceiling.values())),
@@ -103,7 +119,8 @@ def figures(contender: Contender) -> dict[str, Any]:
         "peak_memory_bytes": contender.facts["peak_bytes"],
         "memory_after_imports_bytes": memory["after_imports_bytes"],
         "memory_loaded_bytes": memory["loaded_bytes"],
-        "first_values": contender.facts["first_values"],
+        "first_values": [values[:10] for values in contender.facts["first_values"]],
+        "rounds_examples_per_second": [round(rate, 1) for rate in contender.rounds],
         "off_by": contender.facts["gradients"]["off_by"],
         "threads": contender.facts["settings"]["threads"],
         "optimizer": contender.facts["settings"].get("optimizer", "Optax"),
@@ -123,8 +140,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     table.add_column("contender")
     for name in ("examples/s", "quartiles", "first step s", "peak MiB", "imports MiB"):
         table.add_column(name, justify="right")
-    best = report["torch"]["best"]
-    rows = {"jaxnets (JAX)": report["jaxnets"], "plain JAX": report["plain_jax"]}
+    ours, best = report["jaxnets"]["best"], report["torch"]["best"]
+    rows = {**report["jaxnets"]["variants"], "plain JAX": report["plain_jax"]}
     rows |= {f"PyTorch {name}": row for name, row in report["torch"]["variants"].items()}
     for name, row in rows.items():
         if "failed" in row:
@@ -139,13 +156,13 @@ def print_table(report: Mapping[str, Any]) -> None:
             f"{row['first_step_seconds']:.2f}",
             f"{row['peak_memory_bytes'] / 2**20:,.0f}",
             f"{row['memory_after_imports_bytes'] / 2**20:,.0f}",
-            style="bold" if name in ("jaxnets (JAX)", f"PyTorch {best}") else "",
+            style="bold" if name in (ours, f"PyTorch {best}") else "",
         )
     # Redirected output has no width of its own; a table that is cut can't be read.
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     low, high = report["ratio_spread"]["quartiles"]
     print(
-        f"JAX / best PyTorch ({best}): {report['ratio']:.3f} (quartiles of the rounds {low:.3f} - "
+        f"{ours} / best PyTorch ({best}): {report['ratio']:.3f} (quartiles of the rounds {low:.3f} - "
         f"{high:.3f}); / plain JAX: {report['ratio_to_plain']:.3f}"
     )
     ceiling, warm = report["ceiling"], report["warm"]
@@ -154,7 +171,7 @@ def print_table(report: Mapping[str, Any]) -> None:
         f"{1 / ceiling['speedup_by_threads']:.2f} of it) jaxnets uses "
         f"{report['jaxnets']['share_of_ceiling']:.0%}, PyTorch "
         f"{report['torch']['share_of_ceiling']:.0%}; first step with programs from the cache: "
-        f"{warm['first_step_seconds']:.2f} s"
+        + (f"{warm['first_step_seconds']:.2f} s" if warm else "it gave none")
     )
 
 

@@ -49,20 +49,26 @@ class Session:
 
     def do_first(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """The first step, with its compilation, and a few more; their values."""
-        first = self.do_run({"steps": 1})
-        others = [self.do_run({"steps": 1})["value"] for _ in range(NUM_VALUES - 1)]
-        return {"seconds": first["seconds"], "values": [first["value"], *others]}
+        first = self._run(1)
+        hits = self.side.cache_hits
+        values = [first[1], *(self._run(1)[1] for _ in range(NUM_VALUES - 1))]
+        return {"seconds": first[0], "values": values, "cache_hits": hits}
 
     def do_run(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Train or predict for a number of steps; the last one's loss, or magnitude of the logits."""
+        """Train or predict for a number of steps."""
+        seconds, values = self._run(command["steps"])
+        return {"seconds": seconds, "is_finite": all(map(math.isfinite, values))}
+
+    def _run(self, steps: int) -> tuple[float, list[float]]:
+        """Seconds, and the last step's loss, or its logits."""
         out = None
         start = time.perf_counter()
-        for i in range(self.next, self.next + command["steps"]):
+        for i in range(self.next, self.next + steps):
             out = self.side.step(i)
-        value = self.side.finish(out)
+        values = self.side.finish(out)
         seconds = time.perf_counter() - start
-        self.next += command["steps"]
-        return {"seconds": seconds, "value": value if math.isfinite(value) else None}
+        self.next += steps
+        return seconds, values
 
     def do_check(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """What is farthest from the plain variant's, and how far."""

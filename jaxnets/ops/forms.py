@@ -17,7 +17,7 @@ _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=F
 def plain() -> Iterator[None]:
     """While this is open, operations are traced as `jax.lax` offers them, for any platform.
 
-    A strategy that compiles a step then leaves XLA's options as they are, too.
+    A strategy that compiles a step then leaves XLA's options as they are, too, and the step stays plain.
 
     Use it to compile for another platform than JAX's default one, to export, and as the reference
     when a fast form is tested.

@@ -5,6 +5,7 @@ it derives the communication; "pmap" runs the step on each device's part of the 
 sums. Both take and return the same state, so checkpoints, evaluation and hooks can't tell them apart.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnets import defects, errors
-from jaxnets.ops.forms import is_plain
+from jaxnets.ops.forms import is_plain, plain
 from jaxnets.ops.partition import activation_rules
 from jaxnets.typing import Array, PyTree
 
@@ -49,8 +50,9 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names a platform that isn't there
-        raise errors.ConfigError(f"JAX found no devices: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that isn't there
+        why = (str(error) or "JAX_PLATFORMS names one that isn't there").splitlines()[0]
+        raise errors.ConfigError(f"JAX found no devices: {why}") from None
     if num_devices is None:
         num_devices = len(devices)
     if not 1 <= num_devices <= len(devices):
@@ -182,11 +184,15 @@ class Strategy:
     ) -> Callable:
         resident = self.replicate(dict(arrays or {}))
         has_arrays = arrays is not None
-        is_pmap = self.name == "pmap"
+        is_pmap, use_plain = self.name == "pmap", is_plain()
         step = make_step(axis_name=AXIS if is_pmap else None)
         rows = NamedSharding(self.mesh, P(AXIS))
 
         def body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
+            with plain() if use_plain else contextlib.nullcontext():
+                return _body(state, resident, draw)
+
+        def _body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
             batch = gather_rows(resident, draw) if has_arrays else draw
             if is_pmap:
                 return step(state, batch)
@@ -228,7 +234,7 @@ class Strategy:
             return run_mapped
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, rows))
-        jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not is_plain() else None)
+        jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         if is_worth_a_look:
             jitted = _guard(jitted, compiled(compiler_options=_CAREFUL_CPU_OPTIONS))
 
@@ -246,7 +252,7 @@ def _guard(fast: Any, careful: Any) -> Callable:
     chosen: dict[tuple, Any] = {}
 
     def run(state: PyTree, resident: PyTree, draw: PyTree):
-        shapes = tuple(map(np.shape, jax.tree.leaves(draw)))
+        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in jax.tree.leaves(draw))
         if shapes not in chosen:
             # The call finds in JAX's cache what is compiled here, so nothing is compiled twice.
             program = fast.lower(state, resident, draw).compile().as_text()

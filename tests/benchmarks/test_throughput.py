@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import throughput, throughput_report
 from benchmarks.workloads import WORKLOADS, Workload
-from jaxnets import errors, registry
+from jaxnets import errors
 from jaxnets.interop import contender, duel
 
 
@@ -19,7 +19,8 @@ def record(ratio, *, mode="train", plain=50.0):
         "mode": mode,
         "ratio": ratio,
         "ratio_spread": {"quartiles": [ratio - 0.1, ratio + 0.1]},
-        "jaxnets": {**side, "examples_per_second": 100.0 * ratio},
+        "parity": {"num_steps": 20},
+        "jaxnets": {**side, "examples_per_second": 100.0 * ratio, "best": "jaxnets, 1 thread"},
         "plain_jax": {**side, "examples_per_second": plain},
         "torch": {**side, "examples_per_second": 100.0, "best": "eager, 2 threads"},
         "warm": {"first_step_seconds": 0.5},
@@ -59,13 +60,19 @@ def test_the_picture(tmp_path):
 def test_a_workload_that_is_not_there(capsys):
     assert throughput.main(["--only", "lenet-5"]) == 2
     assert "did you mean 'lenet-4'" in capsys.readouterr().err
+    assert throughput.main(["--seconds", "0"]) == 2
+    assert "must be above 0" in capsys.readouterr().err
 
 
-def test_every_workload_can_be_built():
-    assert len(WORKLOADS) >= 8
-    for workload in WORKLOADS.values():
-        assert workload.model in registry.names("model")
-        assert workload.mode in duel.MODES
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
+def test_every_workload_can_be_built(workload, monkeypatch):
+    seen = []
+    monkeypatch.setattr(duel, "compare", lambda *args: seen.append(args))
+    throughput.run_workload(workload, 1.0, {})
+    ((module, recipe, config, options, _),) = seen
+    assert module == "experiments.cifar10"
+    assert (recipe.batch_size, config.model) == (workload.batch_size, workload.model)
+    duel.check(recipe, options)
 
 
 @pytest.mark.parity
@@ -75,7 +82,7 @@ def test_a_workload_from_start_to_record(mode, tmp_path, monkeypatch, capsys):
 
     def make_few(*args):
         starters = make(*args)
-        return [*starters[:3], starters[-1]]
+        return starters._replace(ours=starters.ours[:1], torch=starters.torch[:1])
 
     monkeypatch.setattr(duel, "make_starters", make_few)
     workload = Workload("tiny", "mlp", 4, mode, parity_steps=1)
@@ -102,3 +109,13 @@ def test_a_workload_that_fails_is_a_record_and_an_exit_status(tmp_path, monkeypa
     assert found["failure"] == "parity in float64, loss: off"
     assert "ratio" not in found
     assert "failed: parity" in capsys.readouterr().out
+
+
+def test_other_errors_are_records_too(tmp_path, monkeypatch):
+    def fail(*_args):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(duel, "compare", fail)
+    (tmp_path / "lenet-4.json").write_text('{"ratio": 9}')
+    assert throughput.run_suite([WORKLOADS["lenet-4"]], tmp_path, 1.0) == 1
+    assert json.loads((tmp_path / "lenet-4.json").read_text())["failure"] == "MemoryError('none left')"

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def few(monkeypatch):
 
     def make_few(*args):
         starters = make(*args)
-        return [*starters[:3], starters[-1]]
+        return starters._replace(ours=starters.ours[-1:], torch=starters.torch[:1])
 
     monkeypatch.setattr(duel, "make_starters", make_few)
     monkeypatch.setattr(duel, "check_parity", lambda *a, **k: {"dropout_rates": []})
@@ -74,7 +75,9 @@ def check_report(report):
     quotient = ours["examples_per_second"] / best["examples_per_second"]
     assert report["ratio"] == pytest.approx(quotient, rel=1e-3)
     assert ours["first_step_seconds"] > best["first_step_seconds"] > 0
-    assert ours["first_step_seconds"] > report["warm"]["first_step_seconds"] > 0
+    assert report["warm"]["cache_hits"] > 0
+    assert report["plain_jax"]["settings"]["is_plain"]
+    assert not ours["settings"]["is_plain"]
     quotient = ours["examples_per_second"] / report["plain_jax"]["examples_per_second"]
     assert report["ratio_to_plain"] == pytest.approx(quotient, rel=1e-3)
     assert report["ceiling"]["flops"] == round(
@@ -95,8 +98,8 @@ def test_from_the_command_line(tmp_path, few, capsys):
     assert run_digits(tmp_path) == 0
     check_report(json.loads((tmp_path / "duel.json").read_text()))
     printed = capsys.readouterr()
-    assert "JAX / best PyTorch (eager, 1 thread): " in printed.out
-    assert "jaxnets (JAX)" in printed.out
+    assert re.search(r"jaxnets, \d threads? / best PyTorch \(eager, 1 thread\): ", printed.out)
+    assert "plain JAX" in printed.out
     assert "rounds of 3 contenders" in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "duel.json"]
 
@@ -123,7 +126,7 @@ def test_refused_at_another_matmul_precision(tmp_path, few, monkeypatch, capsys)
     printed = capsys.readouterr()
     last = printed.err.strip().splitlines()[-1]
     assert last == ("error: no comparison: matmul_precision is medium in JAX and highest in PyTorch")
-    assert "JAX / best" not in printed.out
+    assert "best PyTorch" not in printed.out
     report = json.loads((tmp_path / "duel.json").read_text())
     assert "matmul_precision is medium" in report["failure"]
     assert "ratio" not in report
@@ -157,11 +160,14 @@ def test_refused_where_a_setting_differs(setting):
 
 
 def test_first_values_must_agree():
-    assert duel.check_values([2.0, 1.0], [2.0, 1.0001], "eager") == pytest.approx(1e-4, rel=1e-3)
-    with pytest.raises(errors.ParityError, match=r"value of step 2 is 1.0 in JAX and 1.01 in eager"):
-        duel.check_values([2.0, 1.0], [2.0, 1.01], "eager")
-    with pytest.raises(errors.ParityError, match="value of step 1 is None"):
-        duel.check_values([None], [2.0], "eager")
+    close = [[2.0], [1.00001]]
+    assert duel.check_values([[2.0], [1.0]], close, "eager") == pytest.approx(1e-5, rel=1e-3)
+    with pytest.raises(errors.ParityError, match=r"eager is off by 1\.0e-03 .* in step 2"):
+        duel.check_values([[2.0], [1.0, -10.0]], [[2.0], [1.01, -10.0]], "eager")
+    with pytest.raises(errors.ParityError, match="off by 2.0e"):  # of the other sign
+        duel.check_values([[1.0, -1.0]], [[1.0, 1.0]], "eager")
+    with pytest.raises(errors.ParityError, match="off by nan"):
+        duel.check_values([[float("nan")]], [[2.0]], "eager")
 
 
 def test_precisions_in_common_words():
@@ -257,7 +263,8 @@ class Stub:
             "peak_bytes": 3,
             "first_step_seconds": 0.5,
             "seconds_to_first_steps": 1.5,
-            "first_values": [2.0],
+            "first_values": [[2.0]],
+            "cache_hits": 1,
             "gradients": {"parameter": "", "off_by": 0.0},
         }
 
@@ -267,13 +274,16 @@ def test_the_ratio_is_of_medians_and_against_the_best():
     slow = Stub("slow", [5.0, 6.0, 7.0])
     best = Stub("best", [8.0, 10.0, 100.0])
     dropped = Stub("dropped", [1000.0], is_open=False)
-    plain, again = Stub("plain", [5.0]), Stub("warm", [])
+    groups = {"ours": [Stub("one", [9.0, 9.0, 9.0]), ours], "plain": [Stub("plain", [5.0])]}
+    groups["torch"] = [slow, best, dropped]
+    again = Stub("warm", [])
     ceiling = {
         "jax": {"flops": 3e9, "bytes": 2e9},
         "torch": {"flops": 4e9, "bytes": 1e9, "one_thread_flops": 2e9},
     }
-    variants = [slow, best, dropped]
-    report = duel_report.assemble(ours, plain, again, variants, {"broken": "no compiler"}, ceiling)
+    report = duel_report.assemble(groups, again, {"broken": "no compiler"}, ceiling)
+    assert report["jaxnets"]["best"] == "jaxnets"
+    assert set(report["jaxnets"]["variants"]) == {"one", "jaxnets"}
     assert report["torch"]["best"] == "best"
     assert report["ratio"] == 2.0
     assert report["ratio_spread"]["min"] == pytest.approx(0.2)
@@ -282,7 +292,13 @@ def test_the_ratio_is_of_medians_and_against_the_best():
     assert report["torch"]["variants"]["dropped"]["dropped_after_screening"]
     assert report["jaxnets"]["first_step_seconds"] == 0.5
     assert report["ratio_to_plain"] == 4.0
-    assert report["warm"] == {"first_step_seconds": 0.5, "seconds_to_first_steps": 1.5}
+    assert report["warm"] == {
+        "first_step_seconds": 0.5,
+        "seconds_to_first_steps": 1.5,
+        "cache_hits": 1,
+    }
+    again.facts["cache_hits"] = 0
+    assert duel_report.assemble(groups, again, {}, ceiling)["warm"] is None
     assert (report["ceiling"]["flops"], report["ceiling"]["bytes_per_second"]) == (4e9, 2e9)
     assert report["ceiling"]["speedup_by_threads"] == 2.0
     duel_report.add_shares(report, 5e7)
