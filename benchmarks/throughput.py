@@ -62,9 +62,8 @@ def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
     records: dict[str, dict[str, Any]] = {}
     for workload in workloads:
         print(f"== {workload.name}", file=sys.stderr, flush=True)
-        (out / f"{workload.name}.json").unlink(
-            missing_ok=True
-        )  # an old ratio must not outlive a failure
+        path = out / f"{workload.name}.json"
+        path.unlink(missing_ok=True)  # an old ratio must not outlive a failure
         record = records[workload.name] = {"workload": dataclasses.asdict(workload)}
         try:
             run_workload(workload, seconds, record)
@@ -73,7 +72,7 @@ def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
             record["failure"] = lines[0] if isinstance(error, errors.UserError) else repr(error)
             print(f"failed: {record['failure']}", file=sys.stderr, flush=True)
         text = json.dumps(record, indent=1)
-        write_atomically(out / f"{workload.name}.json", text + "\n")
+        write_atomically(path, text + "\n")
         write_atomically(out / "table.md", throughput_report.table(records))
         throughput_report.draw(records, out / "throughput.png")
     print(throughput_report.table(records))
@@ -97,7 +96,7 @@ def run_workload(workload: Workload, seconds: float, record: dict[str, Any]) -> 
     experiment = registry.resolve(f"{workload.module}:EXPERIMENT")
     config = dataclasses.replace(
         experiment.config,
-        dataset="noise",
+        dataset="random_images",
         model=workload.model,
         batch_size=workload.batch_size,
         **workload.fields,

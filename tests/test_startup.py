@@ -169,3 +169,29 @@ def test_where_the_system_does_not_say_when(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", nothing)
     assert startup.process_start() == startup._IMPORTED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux tells them")
+def test_threads_are_limited_and_the_environment_is_as_before():
+    code = (
+        "import os, jax, jax.numpy as jnp\n"
+        "from jaxnets import startup\n"
+        "startup.limit_threads({})\n"
+        "x = jnp.ones((1500, 1500)); (x @ x).block_until_ready()\n"
+        "print(os.environ.get('NPROC'), len(os.listdir('/proc/self/task')))\n"
+    )
+
+    def run(count):
+        env = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
+        words = [sys.executable, "-c", code.format(count)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=env, cwd=ROOT)
+        return done.stdout.split()
+
+    one, four = run(1), run(4)
+    assert one[0] == four[0] == "None"
+    assert int(four[1]) - int(one[1]) >= 3
+
+
+def test_threads_below_one_are_refused(capsys):
+    assert cli.main(cifar10.EXPERIMENT, [*SMALL, "--threads", "0"]) == 2
+    assert "error: threads is 0; it must be at least 1" in capsys.readouterr().err

@@ -4,7 +4,8 @@ Parity comes first; without it nothing is timed. Then every contender (JAX as `t
 its plain form, and PyTorch in all its variants, both sides with one thread and with all) trains, or
 predicts, in a process of its own, from the same weights, on the same draws of the same uint8 data in
 memory. Rounds are interleaved in rotating order and only one process computes at a time, so what the
-machine does besides falls on all of them. Each side is represented by its best variant, chosen afterwards by the median.
+machine does besides falls on all of them. Each side is represented by its best variant, chosen
+afterwards by the median.
 """
 
 import contextlib

@@ -87,7 +87,7 @@ entries: dict[str, dict[str, Entry]] = {
         cifar10="data.cifar:load_cifar10",
         digits="data.digits:load_digits",
         mnist="data.idx:load_mnist",
-        noise="data.noise:load_noise",
+        random_images="data.random_images:load_random_images",
     ),
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module

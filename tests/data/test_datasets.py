@@ -41,8 +41,8 @@ def test_a_registered_set_is_loaded_with_the_options(registered, tmp_path):
 
 
 def test_the_names_that_are_always_there():
-    assert {"cifar10", "digits", "mnist", "noise"} <= set(registry.names("dataset"))
-    for name in ("cifar10", "digits", "mnist", "noise"):
+    assert {"cifar10", "digits", "mnist", "random_images"} <= set(registry.names("dataset"))
+    for name in ("cifar10", "digits", "mnist", "random_images"):
         assert callable(registry.get("dataset", name))
 
 
@@ -186,8 +186,8 @@ def test_public_names():
     assert data.load is datasets.load
 
 
-def test_noise_has_the_shape_of_cifar10_and_is_the_same_each_time():
-    first, second = load("noise"), load("noise")
+def test_random_images_have_the_shape_of_cifar10_and_is_the_same_each_time():
+    first, second = load("random_images"), load("random_images")
     assert (first.num_train, first.image_shape, first.num_classes) == (10_000, (32, 32, 3), 10)
     assert len(first.test["label"]) == 2_000
     assert (first.train["image"] == second.train["image"]).all()

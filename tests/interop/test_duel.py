@@ -164,7 +164,7 @@ def test_first_values_must_agree():
     assert duel.check_values([[2.0], [1.0]], close, "eager") == pytest.approx(1e-5, rel=1e-3)
     with pytest.raises(errors.ParityError, match=r"eager is off by 1\.0e-03 .* in step 2"):
         duel.check_values([[2.0], [1.0, -10.0]], [[2.0], [1.01, -10.0]], "eager")
-    with pytest.raises(errors.ParityError, match="off by 2.0e"):  # of the other sign
+    with pytest.raises(errors.ParityError, match=r"off by 2\.0e"):  # of the other sign
         duel.check_values([[1.0, -1.0]], [[1.0, 1.0]], "eager")
     with pytest.raises(errors.ParityError, match="off by nan"):
         duel.check_values([[float("nan")]], [[2.0]], "eager")

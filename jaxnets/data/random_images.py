@@ -11,10 +11,10 @@ _SHAPE = (32, 32, 3)
 _NUM_TRAIN, _NUM_TEST, _NUM_CLASSES = 10_000, 2_000, 10
 
 
-def load_noise(
+def load_random_images(
     *, data_dir: Path | None = None, verify: str = "warn", progress: Progress = True
 ) -> Dataset:
-    """Noise: 10,000 and 2,000 images of CIFAR-10's shape and number of classes, drawn by NumPy.
+    """Random images: 10,000 and 2,000 images of CIFAR-10's shape and number of classes, drawn by NumPy.
 
     Args:
         data_dir: not used; there for the sake of one signature.
@@ -35,4 +35,4 @@ def load_noise(
         for count in (_NUM_TRAIN, _NUM_TEST)
     ]
     names = tuple(f"class {i}" for i in range(_NUM_CLASSES))
-    return Dataset("noise", parts[0], parts[1], names, "generated")
+    return Dataset("random_images", parts[0], parts[1], names, "generated")
