@@ -131,7 +131,6 @@ def draw(records: Records, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(done)), list(done))
     axes.invert_yaxis()
-    axes.margins(x=0.35)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.6 * axes.dataLim.xmax)  # room for the labels
     axes.set_xlabel("speed, PyTorch's best variant = 1 (thin and grey: plain JAX)")
     figure.savefig(path, dpi=120)
