@@ -62,6 +62,7 @@ def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> i
         ConfigError: if they can't be compared.
     """
     check(recipe, options)
+    load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)  # before a file is made
     path = _prepare_file(options)
     report: dict[str, Any] = {}
     try:

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 
 from jaxnets.data import Batches
-from jaxnets.interop.measure import COPY_BYTES, PRODUCT_SIZE, best_seconds, num_cores, peak_bytes
-
-ENDLESS = 2**40  # positions; the order goes on over any number of epochs
+from jaxnets.interop.measure import (
+    COPY_BYTES,
+    ENDLESS,
+    PRODUCT_SIZE,
+    best_seconds,
+    num_cores,
+    peak_bytes,
+)
 
 
 class JaxSide:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ENDLESS = 2**40  # positions; the order goes on over any number of epochs
 PRODUCT_SIZE = 2048  # rows and columns of the matrix product that stands for the ceiling
 COPY_BYTES = 2**28  # read and written by the copy
 _SECONDS = 0.5  # of each of the two

@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 
 from jaxnets.data import Batches
-from jaxnets.interop.measure import COPY_BYTES, PRODUCT_SIZE, best_seconds, num_cores, peak_bytes
+from jaxnets.interop.measure import (
+    COPY_BYTES,
+    ENDLESS,
+    PRODUCT_SIZE,
+    best_seconds,
+    num_cores,
+    peak_bytes,
+)
 
 NUM_CHECKS = 3  # batches on which a variant is compared with plain PyTorch
-_ENDLESS = 2**40  # positions; the order goes on over any number of epochs
 
 
 class TorchSide:
@@ -40,7 +46,7 @@ class TorchSide:
         arrays = dict(np.load(spec["arrays"]))
         self.resident = reference.make_resident(arrays, channels_last=channels_last)
         self.batches = Batches(
-            len(next(iter(arrays.values()))), spec["batch_size"], _ENDLESS, seed=spec["seed"]
+            len(next(iter(arrays.values()))), spec["batch_size"], ENDLESS, seed=spec["seed"]
         )
         model = self.model = reference.make_model()
         weights = dict(np.load(spec["weights"]))

@@ -349,3 +349,10 @@ def test_without_dropout():
             raise KeyError
         assert run() is x_BF
     assert bool((run() == 0).any())
+
+
+def test_nothing_is_written_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.ConfigError, match="pip install torch"):
+        duel.run_duel("tiny", tiny.recipe(), digits.Config(), RunOptions(run_dir=tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
