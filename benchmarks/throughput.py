@@ -2,6 +2,7 @@
 
     python -m benchmarks.throughput
     python -m benchmarks.throughput --only lenet-128 --seconds 20
+    python -m benchmarks.throughput --device gpu --dtype bfloat16 --out runs/gpu
 
 Each workload is a duel (`jaxnets.interop.duel`) on generated images. The folder gets a record of each as
 JSON, `table.md` and `throughput.png`, anew after every workload; a workload that fails, by its parity or
@@ -11,9 +12,10 @@ otherwise, is a record too, with its reason, and the exit status is 1.
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -35,6 +37,10 @@ class Flags:
     """The folder of the records."""
     seconds: float = 60.0
     """About how long each workload is measured, without compilation."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What both sides compute on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters are float32. PyTorch does the other by autocast."""
 
 
 def main(argv: list[str]) -> int:
@@ -47,8 +53,9 @@ def main(argv: list[str]) -> int:
         if not (math.isfinite(flags.seconds) and flags.seconds > 0):
             raise errors.ConfigError(f"seconds is {flags.seconds}; it must be above 0")
         require_torch()
+        _choose_device(flags.device)
         chosen = [WORKLOADS[name] for name in flags.only] or list(WORKLOADS.values())
-        return run_suite(chosen, flags.out, flags.seconds)
+        return run_suite(chosen, flags.out, flags.seconds, flags.dtype)
     except (errors.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +63,27 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
+def _choose_device(device: str) -> None:
+    """Have JAX compute on it, here and in the processes of the duels.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    import jax
+
+    platform = {"cpu": "cpu", "gpu": "cuda"}[device]
+    os.environ["JAX_PLATFORMS"] = platform
+    jax.config.update("jax_platforms", platform)
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        lines = str(error).splitlines() or ["no such platform"]
+        raise errors.ConfigError(f"JAX found no {device}: {lines[0]}") from None
+    if found != device:
+        raise errors.ConfigError(f"JAX computes on the {found} already, not on the {device}")
+
+
+def run_suite(workloads: list[Workload], out: Path, seconds: float, dtype: str = "float32") -> int:
     """Run workloads one after another and write their records; the exit status."""
     out.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[str, Any]] = {}
@@ -66,7 +93,7 @@ def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
         path.unlink(missing_ok=True)  # an old ratio must not outlive a failure
         record = records[workload.name] = {"workload": dataclasses.asdict(workload)}
         try:
-            run_workload(workload, seconds, record)
+            run_workload(workload, seconds, record, dtype)
         except Exception as error:  # whatever it is, the other workloads go on
             lines = str(error).strip().splitlines() or [type(error).__name__]
             record["failure"] = lines[0] if isinstance(error, errors.UserError) else repr(error)
@@ -80,13 +107,16 @@ def run_suite(workloads: list[Workload], out: Path, seconds: float) -> int:
     return int(any("failure" in record for record in records.values()))
 
 
-def run_workload(workload: Workload, seconds: float, record: dict[str, Any]) -> None:
+def run_workload(
+    workload: Workload, seconds: float, record: dict[str, Any], dtype: str = "float32"
+) -> None:
     """Run one workload's duel.
 
     Args:
         workload: which.
         seconds: about how long to measure.
         record: filled as far as the duel goes.
+        dtype: of the computation.
 
     Raises:
         UserError: if parity or something else fails.
@@ -99,6 +129,7 @@ def run_workload(workload: Workload, seconds: float, record: dict[str, Any]) -> 
         dataset="random_images",
         model=workload.model,
         batch_size=workload.batch_size,
+        dtype=dtype,
         **workload.fields,
     )
     options = RunOptions(

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxnets.interop.duel_report import where
+
 _COLUMNS = (
     "workload",
     "parity",
@@ -76,12 +78,14 @@ def _speed(side: Mapping[str, Any]) -> str:
 
 def _conditions(done: list[Mapping[str, Any]]) -> list[str]:
     first = done[0]
+    settings = first["jaxnets"]["settings"]
     peaks = sorted(record["ceiling"]["flops"] / 1e9 for record in done)
     copies = sorted(record["ceiling"]["bytes_per_second"] / 1e9 for record in done)
     threads = sorted(record["ceiling"]["speedup_by_threads"] for record in done)
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return [
-        f"{first['processor']}; {versions}; float32, generated images. Ceiling: a product of 2,048 at "
+        f"{where(first)}; {versions}; {settings['compute_dtype']}, matmul precision "
+        f"{settings['matmul_precision']} on both sides, generated images. Ceiling: a product at "
         f"{peaks[0]:,.0f} to {peaks[-1]:,.0f} GFLOP/s (with all threads {threads[0]:.2f} to "
         f"{threads[-1]:.2f} times one's), a copy at {copies[0]:.0f} to {copies[-1]:.0f} GB/s."
     ]

@@ -182,6 +182,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
             "momentum": config.momentum,
             "weight_decay": config.weight_decay,
             "label_smoothing": config.label_smoothing,
+            "dtype": config.dtype,
             # It refuses these.
             **{
                 name: getattr(config, name)
@@ -210,7 +211,6 @@ _ONLY_HERE = (
     "cutout",
     "mixup",
     "eval_views",
-    "dtype",
 )
 
 

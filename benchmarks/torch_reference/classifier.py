@@ -36,6 +36,7 @@ def reference(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     label_smoothing: float = 0.0,
+    dtype: str = "float32",
     **others: Any,
 ) -> Reference:
     """Build a classifier's reference.
@@ -49,6 +50,8 @@ def reference(
         momentum: of sgd; the decay of the first moment for the others.
         weight_decay: as PyTorch's optimizer of that name has it.
         label_smoothing: probability taken from the label.
+        dtype: of the computation: "float32" is PyTorch's default dtype; "bfloat16" is autocast, with
+            parameters and loss in that.
         others: parts of the recipe in use that the reference doesn't have.
 
     Raises:
@@ -66,7 +69,11 @@ def reference(
     shape = (height, width, channels)
 
     def predict_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return model((batch["image"].to(torch.get_default_dtype()) / 255 - 0.5) / 0.5)
+        image = (batch["image"].to(torch.get_default_dtype()) / 255 - 0.5) / 0.5
+        if dtype == "float32":
+            return model(image)
+        with torch.autocast(image.device.type, getattr(torch, dtype)):
+            return model(image).to(torch.get_default_dtype())
 
     def loss_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(predict_fn(model, batch), batch["label"], label_smoothing=label_smoothing)

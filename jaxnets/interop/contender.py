@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxnets import errors
 from jaxnets.config import RunOptions, to_json
+from jaxnets.interop.jax_side import matmul_precision
 from jaxnets.interop.measure import num_cores
 from jaxnets.interop.reference import Reference
 from jaxnets.interop.sides import initial_variables
@@ -178,6 +180,7 @@ def make_starters(
         folder: for weights, data and logs.
         stack: ends the processes.
     """
+    compute_dtype = getattr(config, "dtype", "float32")
     variables = initial_variables(recipe)
     _save(folder / "linen.npz", flatten(variables))
     _save(folder / "torch.npz", to_torch(reference.weights, variables))
@@ -190,6 +193,7 @@ def make_starters(
         "plugins": [str(file.expanduser().resolve()) for file in options.plugin],
         "weights": str(folder / "linen.npz"),
         "mode": options.duel_mode,
+        "compute_dtype": compute_dtype,
     }
     torch_spec = {
         "name": recipe.name,
@@ -200,6 +204,12 @@ def make_starters(
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "mode": options.duel_mode,
+        "compute_dtype": compute_dtype,
+        "device": jax.default_backend(),
+        "matmul_precision": matmul_precision(
+            jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+            jax.default_backend(),
+        ),
     }
     env = dict(os.environ)
     if options.duel_mode == "inference":  # torch.compile then folds normalisations and packs weights
@@ -225,21 +235,26 @@ def make_starters(
         }
         return starter(f"jaxnets, {_plural(threads)}{suffix}", "jax", spec)
 
+    is_cpu = jax.default_backend() == "cpu"
+    # Elsewhere a thread hands work to the device, and one is enough.
+    counts = sorted({1, num_cores()}) if is_cpu else [num_cores()]
+    ways = {"eager": (False, None), "compile": (True, None)}
+    if not is_cpu:
+        ways["compile, CUDA graphs"] = True, "reduce-overhead"
     variants = []
-    for is_compiled in (False, True):
+    for way, (is_compiled, compile_mode) in ways.items():
         for channels_last in (False, True):
-            for threads in sorted({1, num_cores()}):
-                label = f"{'compile' if is_compiled else 'eager'}"
-                label += ", channels_last" if channels_last else ""
-                label += f", {_plural(threads)}"
+            for threads in counts:
+                label = f"{way}{', channels_last' if channels_last else ''}, {_plural(threads)}"
                 variant = {
                     "is_compiled": is_compiled,
+                    "compile_mode": compile_mode,
                     "channels_last": channels_last,
                     "threads": threads,
                 }
                 variants.append(starter(label, "torch", torch_spec | variant))
     return Starters(
-        [ours(threads) for threads in sorted({1, num_cores()})],
+        [ours(threads) for threads in counts],
         starter(
             "plain JAX", "jax", jax_spec | {"is_plain": True, "cache": None, "threads": num_cores()}
         ),

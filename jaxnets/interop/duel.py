@@ -9,6 +9,7 @@ afterwards by the median.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnets import errors
+from jaxnets import errors, registry
 from jaxnets.config import RunOptions, to_json
 from jaxnets.data import Batches, take
 from jaxnets.interop import duel_report
@@ -39,10 +40,12 @@ MIN_ROUNDS = 7
 ROUND_SECONDS = 0.75  # of one contender, if the time allows
 SCREEN_SECONDS = 0.3
 KEEP_SHARE = 0.5  # variants slower than this share of the best are timed no further
-# Of the first few values in float32. LeNet with no gradient in its convolutions is off by 3e-4 there.
+# Of the first few values. LeNet with no gradient in its convolutions is off by 3e-4 in float32; in a
+# dtype that rounds by more than that only whole logits and large mistakes are told apart.
 VALUE_BOUND = 1e-4
+_ROUGH_BOUND = {"high": 1e-2, "medium": 5e-2, "bfloat16": 5e-2}  # by matmul precision, and by dtype
 MODES = ("train", "inference")
-_SAME = ("mode", "device", "dtype", "batch_size", "matmul_precision")
+_SAME = ("mode", "device", "dtype", "compute_dtype", "batch_size", "matmul_precision")
 
 
 def run_duel(module: str, recipe: Recipe, config: Any, options: RunOptions) -> int:
@@ -100,8 +103,9 @@ def compare(
     }
     _say(f"parity of {recipe.name} with {recipe.torch_reference}")
     try:
-        reference = load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)
-        parity = check_parity(recipe, reference, num_steps=options.parity_steps, say=_say)
+        exact = _in_float32(module, recipe, config, options)
+        reference = load_reference(exact.name, exact.torch_reference, exact.torch_arguments)
+        parity = check_parity(exact, reference, num_steps=options.parity_steps, say=_say)
     except errors.ParityError as error:
         report["parity"] = {"passed": False, "failure": str(error)}
         raise
@@ -111,6 +115,7 @@ def compare(
         tempfile.TemporaryDirectory(prefix="duel-") as folder,
         contextlib.ExitStack() as stack,
     ):
+        reference = load_reference(recipe.name, recipe.torch_reference, recipe.torch_arguments)
         starters = make_starters(module, recipe, reference, config, options, Path(folder), stack)
         are_comparable = options.duel_mode == "inference" or not any(parity["dropout_rates"])
         try:
@@ -119,6 +124,20 @@ def compare(
             report["failure"] = str(error)
             raise
     duel_report.add_shares(report, flops_per_example(recipe, options.duel_mode))
+
+
+def _in_float32(module: str, recipe: Recipe, config: Any, options: RunOptions) -> Recipe:
+    """The recipe that computes in float32, if this one doesn't: parity is proved of that."""
+    if getattr(config, "dtype", "float32") == "float32":
+        return recipe
+    experiment = registry.resolve(f"{module}:EXPERIMENT")
+    return experiment.make_recipe(dataclasses.replace(config, dtype="float32"), options)
+
+
+def value_bound(settings: Mapping[str, Any]) -> float:
+    """How far the first values of two sides may be apart; `settings` are those of one of them."""
+    rough = (_ROUGH_BOUND.get(settings[name], 0.0) for name in ("matmul_precision", "compute_dtype"))
+    return max(VALUE_BOUND, *rough)
 
 
 def flops_per_example(recipe: Recipe, mode: str) -> float:
@@ -135,7 +154,7 @@ def check_same(jax_settings: Mapping[str, Any], torch_settings: Mapping[str, Any
     """Make sure that both sides do the same work.
 
     Raises:
-        ConfigError: if mode, device, dtype, batch size or matmul precision differ.
+        ConfigError: if mode, device, a dtype, batch size or matmul precision differ.
     """
     for setting in _SAME:
         left, right = jax_settings.get(setting), torch_settings.get(setting)
@@ -143,13 +162,19 @@ def check_same(jax_settings: Mapping[str, Any], torch_settings: Mapping[str, Any
             raise errors.ConfigError(f"no comparison: {setting} is {left} in JAX and {right} in PyTorch")
 
 
-def check_values(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], name: str) -> float:
+def check_values(
+    ours: Sequence[Sequence[float]],
+    theirs: Sequence[Sequence[float]],
+    name: str,
+    bound: float = VALUE_BOUND,
+) -> float:
     """Make sure that a contender runs the same model as JAX's first: their first values agree.
 
     Args:
         ours: of each of the first steps its loss, or its logits one after another.
         theirs: the same.
         name: of the contender.
+        bound: of the difference.
 
     Returns:
         the largest difference within a step, over the step's largest magnitude.
@@ -162,10 +187,10 @@ def check_values(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[floa
         difference = np.max(np.abs(np.subtract(left, right)))
         error = float(difference / (np.max(np.abs(right)) or 1.0))
         worst = max(worst, error)
-        if not error <= VALUE_BOUND:  # a NaN isn't
+        if not error <= bound:  # a NaN isn't
             raise errors.ParityError(
                 f"parity in the timed run: {name} is off by {error:.1e} of the largest magnitude in "
-                f"step {i}; the bound is {VALUE_BOUND:.0e}"
+                f"step {i}; the bound is {bound:.0e}"
             )
     return worst
 
@@ -195,9 +220,10 @@ def check(recipe: Recipe, options: RunOptions) -> None:
         raise errors.ConfigError(f"duel_seconds is {options.duel_seconds}; it must be above 0")
     if options.parity_steps < 1:
         raise errors.ConfigError(f"parity_steps is {options.parity_steps}; it must be at least 1")
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() not in ("cpu", "gpu"):
         raise errors.ConfigError(
-            f"the duel compares on the CPU, and JAX is on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
+            f"the duel compares on a CPU or a GPU, and JAX is on {jax.default_backend()}: set "
+            "JAX_PLATFORMS=cpu"
         )
 
 
@@ -249,8 +275,10 @@ def _measure(starters: Starters, seconds: float, *, are_comparable: bool) -> dic
         first = next(iter(groups["ours"]), contender).facts
         check_same(first["settings"], contender.facts["settings"])
         if are_comparable:
-            values = contender.facts["first_values"]
-            agreement = max(agreement, check_values(first["first_values"], values, contender.name))
+            values, bound = contender.facts["first_values"], value_bound(first["settings"])
+            agreement = max(
+                agreement, check_values(first["first_values"], values, contender.name, bound)
+            )
         groups[group].append(contender)
         _screen(contender)
         _say(
@@ -275,7 +303,7 @@ def _measure(starters: Starters, seconds: float, *, are_comparable: bool) -> dic
     again.close()
     report = duel_report.assemble(groups, again, failed, ceiling)
     report["first_values"] = (
-        {"largest_error": agreement, "bound": VALUE_BOUND}
+        {"largest_error": agreement, "bound": value_bound(groups["ours"][0].facts["settings"])}
         if are_comparable
         else {"skipped": "dropout draws differ"}
     )

@@ -116,7 +116,8 @@ def figures(contender: Contender) -> dict[str, Any]:
         "steps_per_round": contender.steps,
         "first_step_seconds": round(contender.facts["first_step_seconds"], 3),
         "seconds_to_first_steps": round(contender.facts["seconds_to_first_steps"], 3),
-        "peak_memory_bytes": contender.facts["peak_bytes"],
+        "peak_memory_bytes": contender.facts["device_peak_bytes"] or contender.facts["peak_bytes"],
+        "peak_memory_of": "device" if contender.facts["device_peak_bytes"] else "process",
         "memory_after_imports_bytes": memory["after_imports_bytes"],
         "memory_loaded_bytes": memory["loaded_bytes"],
         "first_values": [values[:10] for values in contender.facts["first_values"]],
@@ -133,8 +134,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     title = (
         f"{report['experiment']}, {report['mode']}, {report.get('model') or ''} "
         f"at batch {settings['batch_size']}, "
-        f"{settings['dtype']}, matmul precision {settings['matmul_precision']}, "
-        f"{report['processor']}"
+        f"{settings['compute_dtype']}, matmul precision {settings['matmul_precision']}, "
+        f"{where(report)}"
     )
     table = Table(title=title, caption_justify="left", title_justify="left")
     table.add_column("contender")
@@ -181,6 +182,11 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def where(report: Mapping[str, Any]) -> str:
+    """What it was measured on: the processor, or the accelerator."""
+    return report["processor"] if report["device"] == "cpu" else report["device"]
 
 
 def _spread(values: np.ndarray, *, digits: int) -> dict[str, Any]:

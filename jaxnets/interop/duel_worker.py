@@ -76,7 +76,7 @@ class Session:
 
     def do_memory(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """The peak so far."""
-        return {"peak_bytes": peak_bytes()}
+        return {"peak_bytes": peak_bytes(), "device_peak_bytes": self.side.device_peak_bytes()}
 
     def do_ceiling(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """What a matrix product and a copy reach."""

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -16,10 +15,10 @@ from jaxnets.data import Batches
 from jaxnets.interop.measure import (
     COPY_BYTES,
     ENDLESS,
-    PRODUCT_SIZE,
     best_seconds,
     num_cores,
     peak_bytes,
+    product_size,
 )
 
 
@@ -33,14 +32,11 @@ class JaxSide:
     """
 
     def __init__(self, spec: Mapping[str, Any]):
-        # tensorboardX imports PyTorch where it is there; JAX's side must not pay for that.
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
         import jax
 
         from jaxnets import ops, registry, startup, train
 
         startup.limit_threads(spec["threads"])
-        del sys.modules["torch"]
         from jaxnets.config import RunOptions, from_json
 
         # Compilation is part of the report, so programs come from no other cache than the duel's own.
@@ -95,6 +91,7 @@ class JaxSide:
         self.settings = {
             "mode": spec["mode"],
             "dtype": ", ".join(sorted(dtypes)),
+            "compute_dtype": spec["compute_dtype"],
             "batch_size": len(self.batches[0]["index"]),
             "matmul_precision": matmul_precision(precision, jax.default_backend()),
             "jax_default_matmul_precision": precision,
@@ -132,17 +129,27 @@ class JaxSide:
     def _count_hits(self, event: str, **_: Any) -> None:
         self.cache_hits += event == "/jax/compilation_cache/cache_hits"
 
+    def device_peak_bytes(self) -> int | None:
+        """The most of the device's own memory that was in use; None on the CPU."""
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return None
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
     def ceiling(self) -> dict[str, float]:
-        """What a float32 matrix product and a copy reach here, in operations and bytes a second."""
+        """What a matrix product, in the dtype of the computation, and a copy reach here, a second."""
         import jax
         import jax.numpy as jnp
 
-        x = jnp.ones((PRODUCT_SIZE, PRODUCT_SIZE), jnp.float32)
+        size = product_size(jax.default_backend())
+        x = jnp.ones((size, size), self.settings["compute_dtype"])
         product = jax.jit(jnp.matmul)
         y = jnp.ones(COPY_BYTES // 4, jnp.float32)
         copy = jax.jit(lambda y: y + 1)
         return {
-            "flops": 2 * PRODUCT_SIZE**3 / best_seconds(lambda: product(x, x).block_until_ready()),
+            "flops": 2 * size**3 / best_seconds(lambda: product(x, x).block_until_ready()),
             "bytes": 2 * COPY_BYTES / best_seconds(lambda: copy(y).block_until_ready()),
         }
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ENDLESS = 2**40  # positions; the order goes on over any number of epochs
-PRODUCT_SIZE = 2048  # rows and columns of the matrix product that stands for the ceiling
+_PRODUCT_SIZES = {"cpu": 2048}  # of the matrix product that stands for the ceiling
+_LARGE_PRODUCT = 8192  # the same where there are thousands of units to keep busy
 COPY_BYTES = 2**28  # read and written by the copy
 _SECONDS = 0.5  # of each of the two
 
@@ -23,6 +24,11 @@ def best_seconds(run: Callable[[], Any]) -> float:
         run()
         best = min(best, time.perf_counter() - before)
     return best
+
+
+def product_size(device: str) -> int:
+    """Rows and columns of the product that shows what a device, "cpu" or "gpu", can do."""
+    return _PRODUCT_SIZES.get(device, _LARGE_PRODUCT)
 
 
 def num_cores() -> int:

@@ -11,7 +11,7 @@ from jaxnets.interop.weights import Table
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The same experiment in PyTorch. All tensors lie on the CPU.
+    """The same experiment in PyTorch. Tensors are made on the CPU; the duel moves them.
 
     Attributes:
         make_model: `make_model() -> nn.Module`, in PyTorch's default dtype.

@@ -6,7 +6,7 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from jaxnets.data import Batches
 from jaxnets.interop.measure import (
     COPY_BYTES,
     ENDLESS,
-    PRODUCT_SIZE,
     best_seconds,
     num_cores,
     peak_bytes,
+    product_size,
 )
 
 NUM_CHECKS = 3  # batches on which a variant is compared with plain PyTorch
@@ -35,6 +35,11 @@ class TorchSide:
         import torch
 
         torch.set_num_threads(spec["threads"])
+        device = self.device = torch.device({"cpu": "cpu", "gpu": "cuda"}[spec["device"]])
+        precision = spec["matmul_precision"]  # JAX's, convolutions included
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+        torch.backends.cudnn.benchmark = True
         from jaxnets.interop.reference import load_reference
 
         reference = self.reference = load_reference(spec["name"], spec["target"], spec["arguments"])
@@ -44,30 +49,36 @@ class TorchSide:
         self.is_training = spec["mode"] == "train"
         channels_last = self.channels_last = spec["channels_last"]
         arrays = dict(np.load(spec["arrays"]))
-        self.resident = reference.make_resident(arrays, channels_last=channels_last)
+        resident = reference.make_resident(arrays, channels_last=channels_last)
+        self.resident = {name: x.to(device) for name, x in resident.items()}
         self.batches = Batches(
             len(next(iter(arrays.values()))), spec["batch_size"], ENDLESS, seed=spec["seed"]
         )
         model = self.model = reference.make_model()
         weights = dict(np.load(spec["weights"]))
         model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
-        model.train(self.is_training)
+        model.to(device).train(self.is_training)
         if channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.cache_hits = 0
         self.optimizer, how = None, "none"
         if self.is_training:
-            self.optimizer, how = fastest_optimizer(reference.make_optimizer, model)
-        self.compute = torch.compile(self._compute) if spec["is_compiled"] else self._compute
+            self.optimizer, how = fastest_optimizer(reference.make_optimizer, model, self._wait)
+        self.compute = self._compute
+        if spec["is_compiled"]:
+            self.compute = torch.compile(self._compute, mode=spec["compile_mode"])
         dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
         self.settings = {
             "mode": spec["mode"],
             "dtype": ", ".join(sorted(dtypes)),
+            "compute_dtype": spec["compute_dtype"],
             "batch_size": len(self.batches[0]["index"]),
             "matmul_precision": torch.get_float32_matmul_precision(),
-            "device": next(model.parameters()).device.type,
+            "device": spec["device"],
+            "device_kind": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "compiled": spec["is_compiled"],
+            "compile_mode": spec["compile_mode"],
             "channels_last": channels_last,
             "optimizer": how,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
@@ -84,7 +95,8 @@ class TorchSide:
     def _index(self, i: int) -> Any:
         import torch
 
-        return torch.from_numpy(self.batches[i]["index"].astype(np.int64))
+        index = torch.from_numpy(self.batches[i]["index"].astype(np.int64))
+        return index.to(self.device, non_blocking=True)
 
     def check(self) -> dict[str, Any]:
         """Compare with plain eager PyTorch, dropout off on both: gradients, or logits; the worst.
@@ -140,7 +152,7 @@ class TorchSide:
         return loss
 
     def finish(self, value: Any) -> list[float]:
-        """The last step's loss, or all of its logits."""
+        """Wait for all steps; the last one's loss, or all of its logits."""
         return value.detach().reshape(-1).tolist()
 
     def ceiling(self) -> dict[str, float]:
@@ -151,15 +163,29 @@ class TorchSide:
         """
         import torch
 
-        x = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
-        y = torch.ones(COPY_BYTES // 4)
+        size = product_size(self.settings["device"])
+        dtype = getattr(torch, self.settings["compute_dtype"])
+        x = torch.ones(size, size, device=self.device, dtype=dtype)
+        y = torch.ones(COPY_BYTES // 4, device=self.device)
         out = torch.empty_like(y)
         found = {}
         for name, threads in (("one_thread_flops", 1), ("flops", num_cores())):
             torch.set_num_threads(threads)
-            found[name] = 2 * PRODUCT_SIZE**3 / best_seconds(lambda: torch.mm(x, x))
-        found["bytes"] = 2 * COPY_BYTES / best_seconds(lambda: torch.add(y, 1, out=out))
+            found[name] = 2 * size**3 / best_seconds(lambda: self._wait(torch.mm(x, x)))
+        found["bytes"] = 2 * COPY_BYTES / best_seconds(lambda: self._wait(torch.add(y, 1, out=out)))
         return found
+
+    def device_peak_bytes(self) -> int | None:
+        """The most of the device's own memory that was in use; None on the CPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+    def _wait(self, _: Any = None) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -177,8 +203,13 @@ def _without_dropout(*models: Any) -> Iterator[None]:
             layer.p = rate
 
 
-def fastest_optimizer(make_optimizer: Any, model: Any) -> tuple[Any, str]:
-    """Try PyTorch's implementations on copies of the parameters; the fastest one, and its name."""
+def fastest_optimizer(
+    make_optimizer: Any, model: Any, wait: Callable[[], None] = lambda: None
+) -> tuple[Any, str]:
+    """Try PyTorch's implementations on copies of the parameters; the fastest one, and its name.
+
+    `wait` is called before a time is taken, for a device that computes behind.
+    """
     import torch
 
     times = {}
@@ -194,6 +225,7 @@ def fastest_optimizer(make_optimizer: Any, model: Any) -> tuple[Any, str]:
         try:
             optimizer = make_optimizer(copies, **how)
             optimizer.step()
+            wait()
         except (RuntimeError, ValueError):
             continue  # not for this optimizer or device
         rounds = []
@@ -201,6 +233,7 @@ def fastest_optimizer(make_optimizer: Any, model: Any) -> tuple[Any, str]:
             start = time.perf_counter()
             for _ in range(20):
                 optimizer.step()
+            wait()
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
     best = min(times, key=lambda name: times[name])

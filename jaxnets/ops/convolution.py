@@ -8,12 +8,17 @@ depends on, and the right matrix is the kernel spread to every place in the tile
 That takes more arithmetic and long rows on both sides, and wins. Autodiff turns it into two more
 such products.
 
-Unstrided convolutions take this form too where the image is smaller than the kernel both ways, as
-2x2 under 3x3 at the end of a network (XLA's is ten times slower and more), and in float64, for which
-XLA has no convolution library on a CPU.
+Products are also what becomes of kernels of one pixel, of those that tile the image (the patches of a
+vision transformer), of convolutions of an image that is smaller than the kernel both ways, as 2x2 under
+3x3 at the end of a network, and of all in float64, for which XLA has no convolution library on a CPU.
+
+Groups are worse still: XLA computes the gradient of their weights a hundred times slower than need
+be. They are cut apart, or where there are many, bundled under a kernel that is zero between them. A
+depthwise convolution is a sum of shifted images, each times one number a channel.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,29 +26,154 @@ from jax import lax
 from jaxnets.ops.forms import is_for_cpu
 from jaxnets.typing import Array
 
-_FEW = 8  # input channels from which XLA's own convolution is faster; measured, see docs/performance.md
+# Measured, see docs/performance.md.
+_FEW = 8  # input channels from which XLA's own convolution is faster
+_PART_CHANNELS, _MOST_PARTS = 16, 32  # of a grouped convolution's parts: the fewest, and how many
+
+Pads = Sequence[tuple[int, int]]
 
 
 def convolve(
-    x: Array, kernel: Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    pads: Pads,
+    *,
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
 ) -> Array:
     """Cross-correlate images with a kernel.
 
     Args:
         x: `[B, H, W, C]`.
-        kernel: `[height, width, C, O]`.
+        kernel: `[height, width, C / groups, O]`.
         strides: steps between outputs, in pixels.
         pads: zeros below and above in H and in W, in pixels.
+        dilation: steps between the kernel's places, in pixels.
+        groups: parts of C and of O; each part of O depends on its part of C.
 
     Returns:
         `[B, H', W', O]`.
     """
-    is_few = x.shape[3] < _FEW
-    is_small = all(n < k for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True))
-    is_slow = is_few or is_small or x.dtype == jnp.float64
-    if is_for_cpu() and tuple(strides) == (1, 1) and is_slow:
-        return convolve_tiles(x, kernel, pads, _tile(kernel.shape[:2]) if is_few else (1, 1))
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    window, strides, dilation = kernel.shape[:2], tuple(strides), tuple(dilation)
+    if not is_for_cpu() or 0 in x.shape:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            pads,
+            rhs_dilation=dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+    if groups > 1:
+        if kernel.shape[2] == 1:
+            return _depthwise(x, kernel, strides, pads, dilation)
+        return _grouped(x, kernel, strides, pads, dilation, groups)
+    if window == (1, 1) and not any(map(any, pads)):
+        return _rows(x[:, :: strides[0], :: strides[1]], kernel)
+    if strides == window and dilation == (1, 1):
+        return _rows(_patches(x, window, pads), kernel)
+    reach = _reach(window, dilation)
+    is_few = x.shape[3] < _FEW and strides == (1, 1)
+    is_small = strides == (1, 1) and all(n < k for n, k in zip(x.shape[1:3], reach, strict=True))
+    if is_few and dilation == (1, 1):
+        return convolve_tiles(x, kernel, pads, _tile(window))
+    if is_few or is_small or x.dtype == jnp.float64:
+        views = _views(x, window, strides, pads, dilation)
+        return _rows(jnp.concatenate(views, axis=-1), kernel)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _reach(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Pixels from a kernel's first place to its last, both counted."""
+    return [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+
+
+def _rows(rows: Array, kernel: Array) -> Array:
+    """The product of `[B, H', W', height * width * C]` and the kernel; two axes, or XLA transposes."""
+    flat = rows.reshape(-1, rows.shape[3]) @ kernel.reshape(-1, kernel.shape[3])
+    return flat.reshape(*rows.shape[:3], kernel.shape[3])
+
+
+def _views(
+    x: Array, window: Sequence[int], strides: Sequence[int], pads: Pads, dilation: Sequence[int]
+) -> list[Array]:
+    """What lies under each place of the kernel, `[B, H', W', C]`, in row-major order."""
+    batch, *padded, channels = (
+        n + sum(p) for n, p in zip(x.shape, ((0, 0), *pads, (0, 0)), strict=True)
+    )
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    reach = _reach(window, dilation)
+    # From a place's first pixel to its last, both counted.
+    span = [(n - r) // s * s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
+    return [
+        lax.slice(x, (0, i, j, 0), (batch, i + span[0], j + span[1], channels), (1, *strides, 1))
+        for i in range(0, reach[0], dilation[0])
+        for j in range(0, reach[1], dilation[1])
+    ]
+
+
+def _patches(x: Array, window: Sequence[int], pads: Pads) -> Array:
+    """The image cut into tiles of the kernel's size, `[B, H', W', height * width * C]`."""
+    (height, width), (batch, _, _, channels) = window, x.shape
+    counts = [(n + sum(p)) // k for n, p, k in zip(x.shape[1:3], pads, window, strict=True)]
+    fill = [  # the last pixels may be left over, for which a negative number stands
+        (low, count * k - n - low)
+        for (low, _), count, k, n in zip(pads, counts, window, x.shape[1:3], strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((a, b, 0) for a, b in fill), (0, 0, 0)))
+    x = x.reshape(batch, counts[0], height, counts[1], width, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *counts, height * width * channels)
+
+
+def _depthwise(
+    x: Array, kernel: Array, strides: Sequence[int], pads: Pads, dilation: Sequence[int]
+) -> Array:
+    """Each channel with its own kernels: `[height, width, 1, O]`, O a multiple of C."""
+    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[3])
+    x = jnp.repeat(x, kernel.shape[3] // x.shape[3], axis=3)
+    views = _views(x, kernel.shape[:2], strides, pads, dilation)
+    return reduce(jnp.add, [view * weight for view, weight in zip(views, weights, strict=True)])
+
+
+def _grouped(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    pads: Pads,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Array:
+    """Convolutions of their own for the groups, or for bundles of them."""
+    most = min(_MOST_PARTS, max(1, x.shape[3] // _PART_CHANNELS))
+    parts = max(n for n in range(1, most + 1) if groups % n == 0)
+    bundle = groups // parts
+    outputs = []
+    for image, weights in zip(
+        jnp.split(x, parts, axis=3), jnp.split(kernel, parts, axis=3), strict=True
+    ):
+        outputs.append(
+            convolve(image, _block_diagonal(weights, bundle), strides, pads, dilation=dilation)
+        )
+    return jnp.concatenate(outputs, axis=3)
+
+
+def _block_diagonal(kernel: Array, groups: int) -> Array:
+    """A kernel over all channels `[height, width, groups * C, O]`, zero outside of its group's."""
+    if groups == 1:
+        return kernel
+    height, width, channels, features = kernel.shape
+    each = kernel.reshape(height, width, 1, channels, groups, features // groups)
+    is_own = jnp.eye(groups, dtype=bool)[None, None, :, None, :, None]
+    return jnp.where(is_own, each, 0).reshape(height, width, groups * channels, features)
 
 
 def _tile(window: Sequence[int]) -> tuple[int, int]:
@@ -80,15 +210,13 @@ def convolve_tiles(
     ]
     x = jnp.pad(x, ((0, 0), *fill, (0, 0)))
     x = x.reshape(batch, blocks[0], tile[0], blocks[1], tile[1], channels)
-    # Without the barriers XLA computes what x and the result are made of once for every shifted view.
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *blocks, tile[0] * tile[1] * channels)
-    x = lax.optimization_barrier(x)
     views = [x[:, i : i + tiles[0], j : j + tiles[1]] for i in range(reach[0]) for j in range(reach[1])]
     rows = jnp.concatenate(views, axis=-1)
     y = rows.reshape(batch * tiles[0] * tiles[1], rows.shape[-1]) @ _spread(kernel, tile, reach)
     y = y.reshape(batch, *tiles, *tile, features).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(batch, tiles[0] * tile[0], tiles[1] * tile[1], features)
-    return lax.optimization_barrier(y[:, : out[0], : out[1]])
+    return y[:, : out[0], : out[1]]
 
 
 def _spread(kernel: Array, tile: tuple[int, int], reach: Sequence[int]) -> Array:

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from benchmarks import throughput, throughput_report
@@ -20,11 +21,17 @@ def record(ratio, *, mode="train", plain=50.0):
         "ratio": ratio,
         "ratio_spread": {"quartiles": [ratio - 0.1, ratio + 0.1]},
         "parity": {"num_steps": 20},
-        "jaxnets": {**side, "examples_per_second": 100.0 * ratio, "best": "jaxnets, 1 thread"},
+        "jaxnets": {
+            **side,
+            "examples_per_second": 100.0 * ratio,
+            "best": "jaxnets, 1 thread",
+            "settings": {"compute_dtype": "float32", "matmul_precision": "highest"},
+        },
         "plain_jax": {**side, "examples_per_second": plain},
         "torch": {**side, "examples_per_second": 100.0, "best": "eager, 2 threads"},
         "warm": {"first_step_seconds": 0.5},
         "ceiling": {"flops": 3e11, "bytes_per_second": 2e10, "speedup_by_threads": 1.9},
+        "device": "cpu",
         "processor": "a processor, 2 cores",
         "versions": {"jax": "1", "torch": "2"},
     }
@@ -47,6 +54,8 @@ def test_the_table_has_a_row_for_each_and_means_of_what_ran():
     assert "failed: parity in float64 / worse" in rows["d"]
     assert "Geometric mean of 2 in train: 2.00, least 1.00" in lines
     assert "Geometric mean of 1 in inference: 0.50, least 0.50" in lines
+    assert lines[-1].startswith("a processor, 2 cores; ")
+    assert "float32, matmul precision highest on both sides" in lines[-1]
     assert "300 to 300 GFLOP/s (with all threads 1.90 to 1.90 times one's)" in lines[-1]
 
 
@@ -62,6 +71,19 @@ def test_a_workload_that_is_not_there(capsys):
     assert "did you mean 'lenet-4'" in capsys.readouterr().err
     assert throughput.main(["--seconds", "0"]) == 2
     assert "must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+def test_a_device_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # to come back to
+    try:
+        assert throughput.main(["--device", "gpu", "--only", "lenet-4"]) == 2
+    finally:
+        jax.config.update("jax_platforms", "cpu")
+    said = capsys.readouterr().err
+    assert said.startswith("error: JAX ")
+    assert "gpu" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))

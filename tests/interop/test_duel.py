@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments import digits
+from experiments import cifar10, digits
 from jaxnets import cli, errors
 from jaxnets.config import RunOptions
 from jaxnets.interop import (
@@ -28,6 +28,7 @@ SETTINGS = {
     "mode": "train",
     "device": "cpu",
     "dtype": "float32",
+    "compute_dtype": "float32",
     "batch_size": 128,
     "matmul_precision": "highest",
 }
@@ -170,6 +171,36 @@ def test_first_values_must_agree():
         duel.check_values([[float("nan")]], [[2.0]], "eager")
 
 
+def test_first_values_may_differ_by_what_the_precision_rounds():
+    assert duel.value_bound(SETTINGS) == duel.VALUE_BOUND
+    assert duel.value_bound(SETTINGS | {"matmul_precision": "high"}) == 1e-2
+    assert duel.value_bound(SETTINGS | {"compute_dtype": "bfloat16"}) == 5e-2
+    assert duel.check_values([[1.0]], [[1.01]], "eager", 5e-2) == pytest.approx(0.0099, rel=1e-2)
+    with pytest.raises(errors.ParityError, match="the bound is 5e-02"):
+        duel.check_values([[1.0]], [[1.1]], "eager", 5e-2)
+
+
+@pytest.mark.parity
+def test_in_bfloat16_parity_is_proved_of_float32(tmp_path, few, monkeypatch):
+    proved = []
+
+    def check(recipe, reference, **_):
+        proved.append(recipe.torch_arguments["dtype"])
+        return {"dropout_rates": []}
+
+    monkeypatch.setattr(duel, "check_parity", check)
+    words = ["--dataset", "random_images", "--model", "lenet", "--dtype", "bfloat16"]
+    words += ["--batch-size", "8", "--duel-seconds", "2", "--run-dir", str(tmp_path)]
+    assert cli.main(cifar10.EXPERIMENT, ["duel", *words]) == 0
+    report = json.loads((tmp_path / "duel.json").read_text())
+    assert proved == ["float32"]
+    for side in ("jaxnets", "torch"):
+        settings = report[side]["settings"]
+        assert (settings["dtype"], settings["compute_dtype"]) == ("float32", "bfloat16")
+    # Both round to 8 bits, and not to the same ones.
+    assert 0 < report["first_values"]["largest_error"] < report["first_values"]["bound"] == 5e-2
+
+
 def test_precisions_in_common_words():
     assert jax_side.matmul_precision(None, "cpu") == "highest"
     assert jax_side.matmul_precision(None, "tpu") == "medium"
@@ -255,17 +286,19 @@ def test_pytorchs_processes_import_no_jax():
 class Stub:
     """A contender whose times are given."""
 
-    def __init__(self, name, rounds, is_open=True):
+    def __init__(self, name, rounds, is_open=True, facts=None):
         self.name, self.rounds, self.is_open, self.steps = name, rounds, is_open, 3
         self.facts = {
             "settings": SETTINGS | {"threads": 1, "device_kind": "cpu", "versions": {}},
             "memory": {"after_imports_bytes": 1, "loaded_bytes": 2},
             "peak_bytes": 3,
+            "device_peak_bytes": None,
             "first_step_seconds": 0.5,
             "seconds_to_first_steps": 1.5,
             "first_values": [[2.0]],
             "cache_hits": 1,
             "gradients": {"parameter": "", "off_by": 0.0},
+            **(facts or {}),
         }
 
 
@@ -301,6 +334,10 @@ def test_the_ratio_is_of_medians_and_against_the_best():
     assert duel_report.assemble(groups, again, {}, ceiling)["warm"] is None
     assert (report["ceiling"]["flops"], report["ceiling"]["bytes_per_second"]) == (4e9, 2e9)
     assert report["ceiling"]["speedup_by_threads"] == 2.0
+    assert report["jaxnets"]["peak_memory_bytes"] == 3
+    assert (
+        duel_report.figures(Stub("gpu", [1.0], facts={"device_peak_bytes": 5}))["peak_memory_bytes"] == 5
+    )
     duel_report.add_shares(report, 5e7)
     assert report["jaxnets"]["share_of_ceiling"] == 0.25
     assert report["torch"]["share_of_ceiling"] == 0.125

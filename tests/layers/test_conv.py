@@ -19,6 +19,15 @@ CASES = [
     ((4, 5), (3, 2), (1, 2), ((2, 0), (0, 1))),
     ((4, 5), (1, 1), (2, 2), 0),
 ]
+# The same, with dilation and groups
+WIDER = [
+    ((7, 6), (3, 2), (1, 1), "VALID", (2, 3), 1),
+    ((7, 6), (3, 3), (1, 1), "SAME", (2, 2), 1),
+    ((7, 6), (3, 3), (2, 1), 2, (2, 1), 2),
+    ((5, 6), (3, 3), (1, 1), 1, (1, 1), 4),
+    ((5, 6), (3, 3), (2, 2), "SAME", (1, 1), 4),
+    ((5, 6), (1, 1), (1, 1), 0, (1, 1), 2),
+]
 
 
 def pads_of(size, kernel, strides, padding):
@@ -62,6 +71,50 @@ def test_values_equal_a_loop(size, kernel_size, strides, padding, x64):
     expected = by_hand(x, kernel, strides, padding)
     assert out.dtype == jnp.float64
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "strides", "padding", "dilation", "groups"), WIDER)
+def test_dilation_and_groups_equal_pytorchs_meaning(
+    size, kernel_size, strides, padding, dilation, groups, x64
+):
+    """A dilated kernel is one with zeros between; a group sees its own channels alone."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, *size, 4)), rng.normal(size=(*kernel_size, 4 // groups, 8))
+    found = conv2d(
+        jnp.asarray(x),
+        jnp.asarray(kernel),
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    spread = np.zeros((*reach, *kernel.shape[2:]))
+    spread[:: dilation[0], :: dilation[1]] = kernel
+    parts = [
+        by_hand(part, own, strides, padding)
+        for part, own in zip(np.split(x, groups, axis=3), np.split(spread, groups, axis=3), strict=True)
+    ]
+    np.testing.assert_allclose(found, np.concatenate(parts, axis=3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": 3}, r"takes \[B, H, W, C\] and \[height, width, C / 3, features\]"),
+        ({"groups": 0}, "at least 1, not"),
+        ({"dilation": (0, 1)}, "at least 1, not"),
+        ({"strides": (1, 0)}, "at least 1, not"),
+        ({"dilation": (3, 1)}, r"a \(7, 3\) kernel leaves nothing"),
+    ],
+)
+def test_steps_and_groups_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        conv2d(jnp.zeros((1, 5, 5, 4)), jnp.zeros((3, 3, 4, 4)), **arguments)
+    with pytest.raises(ValueError, match="5 features don't split into 2 groups"):
+        conv2d(jnp.zeros((1, 5, 5, 4)), jnp.zeros((3, 3, 2, 5)), groups=2)
+    with pytest.raises(ValueError, match="4 channels don't split into 3 groups"):
+        jax.eval_shape(Conv(3, (1, 1), groups=3).init, jax.random.key(0), jnp.zeros((1, 5, 5, 4)))
 
 
 @pytest.mark.parametrize("case", [0, 3, 8])
@@ -118,6 +171,16 @@ def test_an_unknown_padding_is_refused(padding):
 def initialised(layer, x):
     """Output and variables, compiled in one piece."""
     return jax.jit(layer.init_with_output)(jax.random.key(0), x)
+
+
+def test_a_depthwise_layer():
+    layer = Conv(6, (3, 3), padding=1, groups=3, dilation=(1, 2))
+    x = jnp.asarray(arrays((5, 6), (3, 3))[0], jnp.float32)
+    out, variables = initialised(layer, x)
+    kernel = variables["params"]["kernel"]
+    assert kernel.shape == (3, 3, 1, 6)
+    expected = conv2d(x, kernel, padding=1, groups=3, dilation=(1, 2))
+    np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

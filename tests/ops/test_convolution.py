@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxnets import ops
@@ -39,66 +41,135 @@ def test_tiles_equal_the_convolution_and_its_gradients(data):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11)
 
 
-# What a kernel and a number of channels choose: every form there is, by the layer's own way in.
-CASES = [(5, 3, 6), (5, 6, 16), (3, 3, 8), (2, 3, 4), (1, 5, 2), (3, 8, 8)]
+# One of each form that the layer's own way in chooses: shapes of x and kernel, and arguments.
+FORMS = {
+    "tiles of 2x2": ((2, 9, 11, 3), (5, 5, 3, 6), {"padding": "SAME"}),
+    "tiles of 1x2": ((2, 9, 11, 3), (3, 3, 3, 8), {"padding": 1}),
+    "tiles of 1x1": ((2, 9, 11, 3), (2, 2, 3, 4), {}),
+    "a small image": ((2, 2, 2, 9), (3, 3, 9, 4), {"padding": 1}),
+    "one pixel": ((2, 7, 5, 9), (1, 1, 9, 4), {}),
+    "one pixel, strided": ((2, 7, 5, 9), (1, 1, 9, 4), {"strides": (2, 3)}),
+    "blocks of the stride": ((2, 9, 11, 3), (5, 5, 3, 6), {"strides": (2, 2), "padding": 2}),
+    "patches": ((2, 8, 12, 3), (4, 4, 3, 6), {"strides": (4, 4)}),
+    "wide": ((2, 9, 11, 9), (3, 3, 9, 4), {"padding": "SAME"}),
+    "wide, strided": ((2, 9, 11, 9), (3, 3, 9, 4), {"strides": (2, 2), "padding": 1}),
+    "dilated": ((2, 9, 11, 3), (3, 3, 3, 4), {"dilation": (2, 3), "padding": "SAME"}),
+    "depthwise": ((2, 9, 11, 9), (3, 3, 1, 9), {"groups": 9, "padding": 1}),
+    "depthwise, strided": ((2, 9, 11, 9), (3, 3, 1, 18), {"groups": 9, "strides": (2, 2), "padding": 1}),
+    "groups": ((2, 9, 11, 8), (3, 3, 4, 6), {"groups": 2, "padding": 1}),
+}
 
 
-@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
-@pytest.mark.parametrize(("side", "channels", "features"), CASES)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_fast_and_plain_form_agree(side, channels, features, strides, dtype, x64):
-    arrays = draw_arrays(2, (2, 9, 11, channels), (side, side, channels, features))
-    x, kernel = (a.astype(dtype) for a in arrays)
-    bound = 1e-12 if dtype == "float64" else 2e-6
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_fast_and_plain_form_agree_over_odd_shapes(data):
+    draw = data.draw
+    window = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)), "window")
+    strides = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "strides")
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]), "dilation")
+    pads = draw(st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2), "pads")
+    reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    size = [max(1, k - sum(p)) + draw(st.integers(0, 6)) for k, p in zip(reach, pads, strict=True)]
+    groups = draw(st.integers(1, 4), "groups")
+    channels = groups * draw(st.sampled_from([1, 1, 2, 3, 9]), "channels of a group")
+    features = groups * draw(st.integers(1, 3), "features of a group")
+    arguments = {"strides": strides, "padding": pads, "dilation": dilation, "groups": groups}
+    with jax.enable_x64(True):
+        check_forms((2, *size, channels), (*window, channels // groups, features), arguments)
 
-    def value_and_grads(x, kernel):
-        def loss(x, kernel):
-            y = conv2d(x, kernel, strides=strides, padding="SAME")
+
+def check_forms(x_shape, kernel_shape, arguments, dtype="float64", bound=1e-12):
+    """Values, both gradients and a derivative along a direction, fast against plain."""
+    arrays = draw_arrays(2, x_shape, kernel_shape, x_shape, kernel_shape)
+    x, kernel, *tangents = (a.astype(dtype) for a in arrays)
+
+    def everything(x, kernel, *tangents):
+        def weighted(x, kernel):
+            y = conv2d(x, kernel, **arguments)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=dtype).reshape(y.shape))), y
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+        (_, y), grads = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(x, kernel)
+        _, dot = jax.jvp(lambda *a: conv2d(*a, **arguments), (x, kernel), tuple(tangents))
+        return y, *grads, dot
 
-    (_, y), grads = jax.jit(value_and_grads)(x, kernel)
+    found = jax.jit(everything)(x, kernel, *tangents)
     with ops.plain():
-        (_, y_plain), grads_plain = jax.jit(lambda *a: value_and_grads(*a))(x, kernel)
-    for fast, slow in zip((y, *grads), (y_plain, *grads_plain), strict=True):
+        expected = jax.jit(lambda *a: everything(*a))(x, kernel, *tangents)
+    for fast, slow in zip(found, expected, strict=True):
         assert fast.dtype == dtype
-        np.testing.assert_allclose(fast, slow, rtol=0, atol=bound * np.abs(slow).max())
+        assert fast.shape == slow.shape
+        slow = np.asarray(slow, np.float64)
+        np.testing.assert_allclose(
+            np.asarray(fast, np.float64), slow, rtol=0, atol=bound * max(np.abs(slow).max(initial=0), 1)
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("float32", 3e-6), ("bfloat16", 3e-2)])
+def test_every_form_in_every_dtype(form, dtype, bound, x64):
+    check_forms(*FORMS[form], dtype=dtype, bound=bound)
 
 
 def primitives(fun, *args):
     return {eqn.primitive.name for eqn in jax.make_jaxpr(fun)(*args).eqns}
 
 
+OWN = ("wide", "wide, strided", "blocks of the stride", "groups")  # XLA's own, or made of it
+
+
 def test_plain_form_is_a_convolution_and_fast_one_a_product():
-    x, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((5, 5, 3, 6))
-    assert "dot_general" in primitives(lambda *a: conv2d(*a), x, kernel)
+    for name, (x_shape, kernel_shape, arguments) in FORMS.items():
+        arrays = jnp.zeros(x_shape), jnp.zeros(kernel_shape)
+        found = primitives(lambda *a, kw=arguments: conv2d(*a, **kw), *arrays)
+        is_own = name in OWN
+        assert ("conv_general_dilated" in found) == is_own, name
+        with ops.plain():
+            found = primitives(lambda *a, kw=arguments: conv2d(*a, **kw), *arrays)
+        assert found == {"conv_general_dilated"}, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformations(form, x64):
+    x_shape, kernel_shape, arguments = FORMS[form]
+    xs, kernel = draw_arrays(3, (3, *x_shape), kernel_shape)
+
+    def conv(x, kernel):
+        return conv2d(x, kernel, **arguments)
+
     with ops.plain():
-        assert primitives(lambda *a: conv2d(*a), x, kernel) == {"conv_general_dilated"}
-    wide = jnp.zeros((1, 8, 8, 64)), jnp.zeros((3, 3, 64, 64))
-    assert primitives(lambda *a: conv2d(*a), *wide) == {"conv_general_dilated"}
-    small = jnp.zeros((1, 2, 2, 64)), jnp.zeros((3, 3, 64, 64))
-    assert "dot_general" in primitives(lambda *a: conv2d(*a, padding=1), *small)
-
-
-def test_transformations(x64):
-    x, kernel, tangent = draw_arrays(3, (3, 2, 7, 6, 3), (5, 5, 3, 4), (3, 2, 7, 6, 3))
-    conv = jax.jit(lambda x, kernel: conv2d(x, kernel))
-    mapped = jax.vmap(conv, (0, None))(x, kernel)
-    for i in range(3):
-        np.testing.assert_allclose(mapped[i], conv(x[i], kernel), atol=1e-12)
-    _, out = jax.jvp(conv, (x[0], kernel), (tangent[0], jnp.zeros_like(kernel)))
-    np.testing.assert_allclose(out, conv(tangent[0], kernel), atol=1e-12)  # it is linear
-    check_grads(lambda *a: conv(*a) ** 2, (x[0], kernel), order=2, atol=1e-5, rtol=1e-5)
-
-
-def test_it_works_inside_a_scan(x64):
-    xs, kernel = draw_arrays(4, (4, 2, 6, 6, 3), (5, 5, 3, 4))
+        each = [conv(x, kernel) for x in xs]
+        grad = jax.grad(lambda k: sum(jnp.sum(conv(x, k) ** 2) for x in xs))(kernel)
+    expected = jnp.stack(each)
+    bound = 1e-11 * np.abs(expected).max()
+    mapped = jax.jit(jax.vmap(conv, (0, None)))(xs, kernel)
+    np.testing.assert_allclose(mapped, expected, rtol=0, atol=bound)
 
     def total(kernel):
-        return lax.scan(lambda c, x: (c + jnp.sum(conv2d(x, kernel) ** 2), None), 0.0, xs)[0]
+        @jax.checkpoint
+        def body(carry, x):
+            y = conv(x, kernel)
+            return carry + jnp.sum(y**2), y
 
-    ours = jax.jit(jax.grad(total))(kernel)
-    with ops.plain():
-        plain = jax.grad(lambda k: sum(jnp.sum(conv2d(x, k) ** 2) for x in xs))(kernel)
-    np.testing.assert_allclose(ours, plain, atol=1e-10)
+        return lax.scan(body, 0.0, xs)
+
+    (_, scanned), found = jax.jit(jax.value_and_grad(total, has_aux=True))(kernel)
+    np.testing.assert_allclose(scanned, expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(found, grad, rtol=0, atol=1e-11 * np.abs(grad).max())
+    check_grads(conv, (xs[0], kernel), order=2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_batch_over_eight_devices(form, x64):
+    x_shape, kernel_shape, arguments = FORMS[form]
+    x, kernel = draw_arrays(4, (8, *x_shape[1:]), kernel_shape)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
+
+    def value_and_grad(x, kernel):
+        return jax.value_and_grad(lambda k: jnp.sum(conv2d(x, k, **arguments) ** 2))(kernel)
+
+    program = jax.jit(value_and_grad, in_shardings=(rows, NamedSharding(mesh, P())))
+    spread = program(jax.device_put(x, rows), kernel)
+    alone = jax.jit(lambda *a: value_and_grad(*a))(x, kernel)
+    for ours, theirs in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-11 * np.abs(theirs).max())
