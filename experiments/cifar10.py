@@ -5,7 +5,8 @@
 The tutorial that this library comes from trains LeNet at batch 4 for two epochs and claims 85 %. Two
 cores of an AMD EPYC (Zen 5) train it in 29.5 s and reach 54.65 % (98 of the 60,000 images
 substituted). `--preset two-epochs` makes the claim true, with a network and a recipe of our own:
-89.3 %, the mean of three seeds, in about 336 s of training on the same cores.
+89.3 %, the mean of three seeds, in about 336 s of training on the same cores. `--preset ninety-four`
+reaches 94.2 % in 12 epochs, 1,897 s on two cores of an Intel Xeon.
 """
 
 import dataclasses
@@ -281,6 +282,17 @@ SPEED = Config(
     train_sizes=(20, 20, 20, 24, 24, 24, 24, 32, 32, 32),
 )
 
+# The same for longer. At 500 images a step it stops at 93.7 %: steps of 2,000, as many as the speed
+# records take, are what brings the rest.
+NINETY_FOUR = dataclasses.replace(
+    SPEED,
+    epochs=12,
+    batch_size=2000,
+    accumulate=4,
+    eval_views=6,
+    train_sizes=(24,) * 4 + (32,) * 8,
+)
+
 EXPERIMENT = cli.Experiment(
     name="cifar10",
     about="Image classification on CIFAR-10, MNIST, or any folder of idx files or of images.",
@@ -289,6 +301,7 @@ EXPERIMENT = cli.Experiment(
     presets={
         "tutorial": Config(epochs=2, batch_size=4, learning_rate=0.001),
         "two-epochs": SPEED,
+        "ninety-four": NINETY_FOUR,
     },
 )
 

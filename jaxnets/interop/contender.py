@@ -22,8 +22,6 @@ from jaxnets.interop.sides import initial_variables
 from jaxnets.interop.weights import flatten, to_torch
 from jaxnets.recipe import Recipe
 
-GRADIENT_BOUND = 1e-3  # of the largest magnitude, in float32: far above rounding, far below a bug
-
 
 class WorkerError(errors.UserError):
     """A worker answered that it could not do what it was told."""
@@ -87,10 +85,10 @@ class Contender:
             **self.ask("memory"),  # before the check, which takes memory of its own
         }
         self.facts["gradients"] = check = self.ask("check")
-        if check["off_by"] > GRADIENT_BOUND:
+        if check["off_by"] > check["bound"]:
             raise WorkerError(
                 f"{self.name}: {check['parameter']} (or its gradient) is off by {check['off_by']:.1e} "
-                "of its largest magnitude; not timed"
+                f"of its largest magnitude; the bound is {check['bound']:.0e}; not timed"
             )
 
     def run(self, steps: int) -> float:
@@ -238,7 +236,7 @@ def make_starters(
     is_cpu = jax.default_backend() == "cpu"
     # Elsewhere a thread hands work to the device, and one is enough.
     counts = sorted({1, num_cores()}) if is_cpu else [num_cores()]
-    ways = {"eager": (False, None), "compile": (True, None)}
+    ways: dict[str, tuple[bool, str | None]] = {"eager": (False, None), "compile": (True, None)}
     if not is_cpu:
         ways["compile, CUDA graphs"] = True, "reduce-overhead"
     variants = []

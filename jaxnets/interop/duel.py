@@ -29,8 +29,9 @@ from jaxnets.config import RunOptions, to_json
 from jaxnets.data import Batches, take
 from jaxnets.interop import duel_report
 from jaxnets.interop.contender import Contender, Starters, WorkerError, make_starters
+from jaxnets.interop.measure import NUM_VALUES
 from jaxnets.interop.parity import check_parity
-from jaxnets.interop.reference import load_reference
+from jaxnets.interop.reference import ROUNDING_FACTOR, load_reference
 from jaxnets.recipe import Recipe
 from jaxnets.train import create_state
 from jaxnets.train.checkpoint import write_atomically
@@ -40,8 +41,9 @@ MIN_ROUNDS = 7
 ROUND_SECONDS = 0.75  # of one contender, if the time allows
 SCREEN_SECONDS = 0.3
 KEEP_SHARE = 0.5  # variants slower than this share of the best are timed no further
-# Of the first few values. LeNet with no gradient in its convolutions is off by 3e-4 in float32; in a
-# dtype that rounds by more than that only whole logits and large mistakes are told apart.
+# Of the first few values, or a multiple of what rounding does to the reference's. LeNet with no gradient
+# in its convolutions is off by 3e-4 in float32; where rounding does more than that only whole logits
+# and large mistakes are told apart.
 VALUE_BOUND = 1e-4
 _ROUGH_BOUND = {"high": 1e-2, "medium": 5e-2, "bfloat16": 5e-2}  # by matmul precision, and by dtype
 MODES = ("train", "inference")
@@ -119,7 +121,7 @@ def compare(
         starters = make_starters(module, recipe, reference, config, options, Path(folder), stack)
         are_comparable = options.duel_mode == "inference" or not any(parity["dropout_rates"])
         try:
-            report |= _measure(starters, options.duel_seconds, are_comparable=are_comparable)
+            report |= _measure(starters, options.duel_seconds, parity if are_comparable else None)
         except errors.UserError as error:
             report["failure"] = str(error)
             raise
@@ -134,10 +136,21 @@ def _in_float32(module: str, recipe: Recipe, config: Any, options: RunOptions) -
     return experiment.make_recipe(dataclasses.replace(config, dtype="float32"), options)
 
 
-def value_bound(settings: Mapping[str, Any]) -> float:
-    """How far the first values of two sides may be apart; `settings` are those of one of them."""
+def value_bounds(settings: Mapping[str, Any], parity: Mapping[str, Any]) -> list[float]:
+    """How far the first values of two sides may be apart.
+
+    Args:
+        settings: of one of them.
+        parity: as `check_parity` gives it.
+
+    Returns:
+        a bound for each value; in training for as many steps as parity was proved of, at most.
+    """
     rough = (_ROUGH_BOUND.get(settings[name], 0.0) for name in ("matmul_precision", "compute_dtype"))
-    return max(VALUE_BOUND, *rough)
+    bound = max(VALUE_BOUND, *rough)
+    if settings["mode"] == "inference":
+        return [bound] * NUM_VALUES
+    return [max(bound, ROUNDING_FACTOR * rounding) for rounding in parity["loss_rounding"][:NUM_VALUES]]
 
 
 def flops_per_example(recipe: Recipe, mode: str) -> float:
@@ -166,7 +179,7 @@ def check_values(
     ours: Sequence[Sequence[float]],
     theirs: Sequence[Sequence[float]],
     name: str,
-    bound: float = VALUE_BOUND,
+    bounds: Sequence[float],
 ) -> float:
     """Make sure that a contender runs the same model as JAX's first: their first values agree.
 
@@ -174,7 +187,7 @@ def check_values(
         ours: of each of the first steps its loss, or its logits one after another.
         theirs: the same.
         name: of the contender.
-        bound: of the difference.
+        bounds: of the difference, for each value; what has none isn't compared.
 
     Returns:
         the largest difference within a step, over the step's largest magnitude.
@@ -183,7 +196,8 @@ def check_values(
         ParityError: if it is above the bound, or something isn't finite.
     """
     worst = 0.0
-    for i, (left, right) in enumerate(zip(ours, theirs, strict=True), start=1):
+    pairs = zip(ours, theirs, strict=True)
+    for i, ((left, right), bound) in enumerate(zip(pairs, bounds, strict=False), start=1):
         difference = np.max(np.abs(np.subtract(left, right)))
         error = float(difference / (np.max(np.abs(right)) or 1.0))
         worst = max(worst, error)
@@ -252,8 +266,11 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
         raise errors.ConfigError(f"{path} can't be written: {error.strerror}") from None
 
 
-def _measure(starters: Starters, seconds: float, *, are_comparable: bool) -> dict[str, Any]:
-    """Screen all contenders, time the good ones in rounds, and put the figures together."""
+def _measure(starters: Starters, seconds: float, parity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Screen all contenders, time the good ones in rounds, and put the figures together.
+
+    The first values are compared within what `parity` allows, unless it is None.
+    """
     groups: dict[str, list[Contender]] = {"ours": [], "plain": [], "torch": []}
     failed: dict[str, str] = {}
     agreement = 0.0
@@ -274,10 +291,10 @@ def _measure(starters: Starters, seconds: float, *, are_comparable: bool) -> dic
             continue
         first = next(iter(groups["ours"]), contender).facts
         check_same(first["settings"], contender.facts["settings"])
-        if are_comparable:
-            values, bound = contender.facts["first_values"], value_bound(first["settings"])
+        if parity is not None:
+            values, bounds = contender.facts["first_values"], value_bounds(first["settings"], parity)
             agreement = max(
-                agreement, check_values(first["first_values"], values, contender.name, bound)
+                agreement, check_values(first["first_values"], values, contender.name, bounds)
             )
         groups[group].append(contender)
         _screen(contender)
@@ -303,8 +320,11 @@ def _measure(starters: Starters, seconds: float, *, are_comparable: bool) -> dic
     again.close()
     report = duel_report.assemble(groups, again, failed, ceiling)
     report["first_values"] = (
-        {"largest_error": agreement, "bound": value_bound(groups["ours"][0].facts["settings"])}
-        if are_comparable
+        {
+            "largest_error": agreement,
+            "bounds": value_bounds(groups["ours"][0].facts["settings"], parity),
+        }
+        if parity is not None
         else {"skipped": "dropout draws differ"}
     )
     return report

@@ -18,10 +18,8 @@ from typing import Any
 
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.interop.jax_side import JaxSide
-from jaxnets.interop.measure import peak_bytes
+from jaxnets.interop.measure import NUM_VALUES, peak_bytes
 from jaxnets.interop.torch_side import TorchSide
-
-NUM_VALUES = 5  # of the first steps, which both sides must agree on
 
 
 class Session:
@@ -76,7 +74,8 @@ class Session:
 
     def do_memory(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """The peak so far."""
-        return {"peak_bytes": peak_bytes(), "device_peak_bytes": self.side.device_peak_bytes()}
+        on_device = self.side.device_peak_bytes() if self.side else None
+        return {"peak_bytes": peak_bytes(), "device_peak_bytes": on_device}
 
     def do_ceiling(self, _command: Mapping[str, Any]) -> dict[str, Any]:
         """What a matrix product and a copy reach."""

@@ -117,7 +117,7 @@ class JaxSide:
 
     def check(self) -> dict[str, Any]:
         """Nothing: it is what the others are compared with, by the values of the first steps."""
-        return {"parameter": "", "off_by": 0.0}
+        return {"parameter": "", "off_by": 0.0, "bound": 0.0}
 
     def finish(self, value: Any) -> list[float]:
         """Wait for all steps; the last one's loss, or all of its logits."""

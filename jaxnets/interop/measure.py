@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+NUM_VALUES = 5  # of the first steps, which both sides must agree on
 ENDLESS = 2**40  # positions; the order goes on over any number of epochs
 _PRODUCT_SIZES = {"cpu": 2048}  # of the matrix product that stands for the ceiling
 _LARGE_PRODUCT = 8192  # the same where there are thousands of units to keep busy

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from jaxnets.interop.measure import (
     peak_bytes,
     product_size,
 )
+from jaxnets.interop.reference import ROUNDING_FACTOR, Reference, load_reference
 
 NUM_CHECKS = 3  # batches on which a variant is compared with plain PyTorch
+CHECK_BOUND = 1e-3  # of the largest magnitude, in float32: far above rounding, far below a bug
 
 
 class TorchSide:
@@ -34,14 +37,13 @@ class TorchSide:
     def __init__(self, spec: Mapping[str, Any]):
         import torch
 
+        self._spec = spec
         torch.set_num_threads(spec["threads"])
         device = self.device = torch.device({"cpu": "cpu", "gpu": "cuda"}[spec["device"]])
         precision = spec["matmul_precision"]  # JAX's, convolutions included
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision != "highest"
         torch.backends.cudnn.benchmark = True
-        from jaxnets.interop.reference import load_reference
-
         reference = self.reference = load_reference(spec["name"], spec["target"], spec["arguments"])
         if spec["is_compiled"]:
             importlib.import_module("torch._dynamo")
@@ -86,11 +88,18 @@ class TorchSide:
             "versions": {"torch": torch.__version__},
         }
 
-    def _compute(self, resident: Mapping[str, Any], index: Any, model: Any = None) -> Any:
+    def _compute(
+        self,
+        resident: Mapping[str, Any],
+        index: Any,
+        model: Any,
+        reference: Reference | None = None,
+    ) -> Any:
         """The loss of the rows, or their logits."""
-        batch = self.reference.take(resident, index, channels_last=self.channels_last)
-        function = self.reference.loss_fn if self.is_training else self.reference.predict_fn
-        return function(self.model if model is None else model, batch)
+        reference = reference or self.reference
+        batch = reference.take(resident, index, channels_last=self.channels_last)
+        function = reference.loss_fn if self.is_training else reference.predict_fn
+        return function(model, batch)
 
     def _index(self, i: int) -> Any:
         import torch
@@ -99,43 +108,53 @@ class TorchSide:
         return index.to(self.device, non_blocking=True)
 
     def check(self) -> dict[str, Any]:
-        """Compare with plain eager PyTorch, dropout off on both: gradients, or logits; the worst.
+        """Compare with plain eager PyTorch, dropout off on both: gradients, or logits.
 
         A variant that skips work is fast: for some batch sizes torch.compile of PyTorch 2.13.0 gives
         the convolutions below max_pool2d gradients of zero on the CPU, at a loss that looks right.
+        Rounding may do much as well, where two pixels are about equally the largest of a window: so the
+        bound is a multiple of what plain PyTorch is off from its own result in float64.
+
+        Returns:
+            "parameter", the worst, how far it is "off_by", and the "bound", both shares of the largest
+            magnitude.
         """
         import torch
 
         plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
-        worst = {"parameter": "", "off_by": 0.0}
+        with _default_dtype("float64"):
+            exact = copy.deepcopy(plain).double()
+            arguments = dict(self._spec["arguments"])
+            if "dtype" in arguments:
+                arguments["dtype"] = "float32"  # PyTorch's default dtype, that is
+            exact_reference = load_reference(self._spec["name"], self._spec["target"], arguments)
+        before = {name: x.clone() for name, x in self.model.state_dict().items()}
+        worst, rounding = {"parameter": "", "off_by": 0.0}, 0.0
+        with _without_dropout(self.model, plain, exact):
+            for i in range(NUM_CHECKS):
+                index = self._index(i)
+                found = self._values(self.compute, index, self.model)
+                expected = self._values(self._compute, index, plain)
+                with _default_dtype("float64"):
+                    compute = partial(self._compute, reference=exact_reference)
+                    truth = self._values(compute, index, exact)
+                for name, value in found.items():
+                    rounding = max(rounding, _off_by(expected[name], truth[name]))
+                    if (error := _off_by(value, expected[name])) > worst["off_by"]:
+                        worst = {"parameter": name, "off_by": error}
+        self.model.load_state_dict(before)
+        return worst | {"bound": max(CHECK_BOUND, ROUNDING_FACTOR * rounding)}
 
-        def compare(name: str, found: Any, expected: Any) -> None:
-            nonlocal worst
-            peak = expected.abs().max().item() or 1.0
-            error = (found - expected).abs().max().item() / peak
-            if not error <= worst["off_by"]:
-                worst = {"parameter": name, "off_by": error if math.isfinite(error) else 1e30}
+    def _values(self, compute: Callable[..., Any], index: Any, model: Any) -> dict[str, Any]:
+        """What is compared: the gradients by parameter, or the logits."""
+        import torch
 
         if not self.is_training:
             with torch.inference_mode():
-                for i in range(NUM_CHECKS):
-                    index = self._index(i)
-                    expected = self._compute(self.resident, index, plain)
-                    compare("the logits", self.compute(self.resident, index), expected)
-            return worst
-        before = {name: x.clone() for name, x in self.model.state_dict().items()}
-        with _without_dropout(self.model, plain):
-            for i in range(NUM_CHECKS):
-                index = self._index(i)
-                for model in (self.model, plain):
-                    model.zero_grad(set_to_none=True)
-                self.compute(self.resident, index).backward()
-                self._compute(self.resident, index, plain).backward()
-                expected = {name: p.grad for name, p in plain.named_parameters()}
-                for name, p in self.model.named_parameters():
-                    compare(name, p.grad, expected[name])
-        self.model.load_state_dict(before)
-        return worst
+                return {"the logits": compute(self.resident, index, model).clone()}
+        model.zero_grad(set_to_none=True)
+        compute(self.resident, index, model).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     def step(self, i: int) -> Any:
         """Take step i; its loss, or its logits."""
@@ -144,9 +163,9 @@ class TorchSide:
         index = self._index(i)
         if self.optimizer is None:
             with torch.inference_mode():
-                return self.compute(self.resident, index)
+                return self.compute(self.resident, index, self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.compute(self.resident, index)
+        loss = self.compute(self.resident, index, self.model)
         loss.backward()
         self.optimizer.step()
         return loss
@@ -186,6 +205,25 @@ class TorchSide:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _off_by(found: Any, expected: Any) -> float:
+    """The largest difference over the largest magnitude; large where something isn't finite."""
+    peak = expected.abs().max().item() or 1.0
+    error = (found.double() - expected.double()).abs().max().item() / peak
+    return error if math.isfinite(error) else 1e30
+
+
+@contextlib.contextmanager
+def _default_dtype(name: str) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

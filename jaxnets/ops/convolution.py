@@ -18,7 +18,7 @@ depthwise convolution is a sum of shifted images, each times one number a channe
 """
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import jax.numpy as jnp
 from jax import lax
@@ -55,41 +55,34 @@ def convolve(
     Returns:
         `[B, H', W', O]`.
     """
-    window, strides, dilation = kernel.shape[:2], tuple(strides), tuple(dilation)
+    window = kernel.shape[:2]
+    own = partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=pads,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
     if not is_for_cpu() or 0 in x.shape:
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            strides,
-            pads,
-            rhs_dilation=dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-        )
+        return own(x, kernel)
     if groups > 1:
         if kernel.shape[2] == 1:
             return _depthwise(x, kernel, strides, pads, dilation)
         return _grouped(x, kernel, strides, pads, dilation, groups)
     if window == (1, 1) and not any(map(any, pads)):
         return _rows(x[:, :: strides[0], :: strides[1]], kernel)
-    if strides == window and dilation == (1, 1):
+    if tuple(strides) == window and tuple(dilation) == (1, 1):
         return _rows(_patches(x, window, pads), kernel)
     reach = _reach(window, dilation)
-    is_few = x.shape[3] < _FEW and strides == (1, 1)
-    is_small = strides == (1, 1) and all(n < k for n, k in zip(x.shape[1:3], reach, strict=True))
-    if is_few and dilation == (1, 1):
+    is_few = tuple(strides) == (1, 1) and x.shape[3] < _FEW
+    is_small = all(n < k for n, k in zip(x.shape[1:3], reach, strict=True))
+    if is_few and tuple(dilation) == (1, 1):
         return convolve_tiles(x, kernel, pads, _tile(window))
     if is_few or is_small or x.dtype == jnp.float64:
         views = _views(x, window, strides, pads, dilation)
         return _rows(jnp.concatenate(views, axis=-1), kernel)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        pads,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return own(x, kernel)
 
 
 def _reach(window: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -34,6 +34,9 @@ SETTINGS = {
 }
 
 
+NO_PARITY = {"dropout_rates": [], "loss_rounding": [1e-7] * 5}
+
+
 def run_digits(folder, *words):
     return cli.main(
         digits.EXPERIMENT,
@@ -51,7 +54,7 @@ def few(monkeypatch):
         return starters._replace(ours=starters.ours[-1:], torch=starters.torch[:1])
 
     monkeypatch.setattr(duel, "make_starters", make_few)
-    monkeypatch.setattr(duel, "check_parity", lambda *a, **k: {"dropout_rates": []})
+    monkeypatch.setattr(duel, "check_parity", lambda *a, **k: NO_PARITY)
 
 
 def check_report(report):
@@ -162,22 +165,25 @@ def test_refused_where_a_setting_differs(setting):
 
 def test_first_values_must_agree():
     close = [[2.0], [1.00001]]
-    assert duel.check_values([[2.0], [1.0]], close, "eager") == pytest.approx(1e-5, rel=1e-3)
+    assert duel.check_values([[2.0], [1.0]], close, "eager", [1e-4] * 2) == pytest.approx(1e-5, rel=1e-3)
     with pytest.raises(errors.ParityError, match=r"eager is off by 1\.0e-03 .* in step 2"):
-        duel.check_values([[2.0], [1.0, -10.0]], [[2.0], [1.01, -10.0]], "eager")
+        duel.check_values([[2.0], [1.0, -10.0]], [[2.0], [1.01, -10.0]], "eager", [1e-4] * 2)
     with pytest.raises(errors.ParityError, match=r"off by 2\.0e"):  # of the other sign
-        duel.check_values([[1.0, -1.0]], [[1.0, 1.0]], "eager")
+        duel.check_values([[1.0, -1.0]], [[1.0, 1.0]], "eager", [1e-4])
     with pytest.raises(errors.ParityError, match="off by nan"):
-        duel.check_values([[float("nan")]], [[2.0]], "eager")
+        duel.check_values([[float("nan")]], [[2.0]], "eager", [1e-4])
 
 
-def test_first_values_may_differ_by_what_the_precision_rounds():
-    assert duel.value_bound(SETTINGS) == duel.VALUE_BOUND
-    assert duel.value_bound(SETTINGS | {"matmul_precision": "high"}) == 1e-2
-    assert duel.value_bound(SETTINGS | {"compute_dtype": "bfloat16"}) == 5e-2
-    assert duel.check_values([[1.0]], [[1.01]], "eager", 5e-2) == pytest.approx(0.0099, rel=1e-2)
-    with pytest.raises(errors.ParityError, match="the bound is 5e-02"):
-        duel.check_values([[1.0]], [[1.1]], "eager", 5e-2)
+def test_first_values_may_differ_by_what_rounding_does():
+    parity = {"loss_rounding": [0.0, 1e-6, 1e-3]}
+    assert duel.value_bounds(SETTINGS, parity) == [1e-4, 1e-4, 1e-2]
+    assert duel.value_bounds(SETTINGS | {"matmul_precision": "high"}, parity) == [1e-2] * 3
+    assert duel.value_bounds(SETTINGS | {"compute_dtype": "bfloat16"}, parity) == [5e-2] * 3
+    assert duel.value_bounds(SETTINGS | {"mode": "inference"}, parity) == [1e-4] * 5
+    values = [[1.0], [1.0], [9.0]], [[1.0], [1.01], [1.0]]  # the last is beyond what was proved
+    assert duel.check_values(*values, "eager", [1e-4, 5e-2]) == pytest.approx(0.0099, rel=1e-2)
+    with pytest.raises(errors.ParityError, match="in step 2; the bound is 1e-03"):
+        duel.check_values(*values, "eager", [1e-4, 1e-3])
 
 
 @pytest.mark.parity
@@ -186,7 +192,7 @@ def test_in_bfloat16_parity_is_proved_of_float32(tmp_path, few, monkeypatch):
 
     def check(recipe, reference, **_):
         proved.append(recipe.torch_arguments["dtype"])
-        return {"dropout_rates": []}
+        return NO_PARITY
 
     monkeypatch.setattr(duel, "check_parity", check)
     words = ["--dataset", "random_images", "--model", "lenet", "--dtype", "bfloat16"]
@@ -198,7 +204,8 @@ def test_in_bfloat16_parity_is_proved_of_float32(tmp_path, few, monkeypatch):
         settings = report[side]["settings"]
         assert (settings["dtype"], settings["compute_dtype"]) == ("float32", "bfloat16")
     # Both round to 8 bits, and not to the same ones.
-    assert 0 < report["first_values"]["largest_error"] < report["first_values"]["bound"] == 5e-2
+    assert report["first_values"]["bounds"] == [5e-2] * 5
+    assert 0 < report["first_values"]["largest_error"] < 5e-2
 
 
 def test_precisions_in_common_words():
@@ -297,7 +304,7 @@ class Stub:
             "seconds_to_first_steps": 1.5,
             "first_values": [[2.0]],
             "cache_hits": 1,
-            "gradients": {"parameter": "", "off_by": 0.0},
+            "gradients": {"parameter": "", "off_by": 0.0, "bound": 0.0},
             **(facts or {}),
         }
 

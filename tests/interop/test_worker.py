@@ -63,18 +63,26 @@ def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
         "seed": 0,
         "threads": torch.get_num_threads(),
         "is_compiled": False,
+        "compile_mode": None,
         "channels_last": True,
         "mode": "train",
+        "device": "cpu",
+        "compute_dtype": "float32",
+        "matmul_precision": "highest",
     }
     side = torch_side.TorchSide(spec)
     before = {name: x.clone() for name, x in side.model.state_dict().items()}
-    assert side.check()["off_by"] < 1e-4
+    found = side.check()
+    assert found["off_by"] < 1e-4
+    assert torch_side.CHECK_BOUND <= found["bound"] < 0.01
     for name, x in side.model.state_dict().items():
         assert torch.equal(x, before[name]), name
     if model == "convnet":
         assert side.model.dropout1.p == 0.3
     side.model.conv1.weight.register_hook(lambda grad: grad * 0)
-    assert side.check() == {"parameter": "conv1.weight", "off_by": 1.0}
+    found = side.check()
+    assert (found["parameter"], found["off_by"]) == ("conv1.weight", 1.0)
+    assert found["bound"] < 0.01
 
 
 def test_a_worker_that_dies_is_one_line(worker):
