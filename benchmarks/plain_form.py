@@ -51,9 +51,10 @@ def run(form: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """
     command = [sys.executable, "-c", _CODE, form, "train", *words, "--no-resume"]
     command += ["--no-pictures", f"--run-dir={folder}"]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    print(f"== {form}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise errors.ConfigError(f"the {form} run failed: {done.stderr.strip().splitlines()[-1]}")
+        raise errors.ConfigError(f"the {form} run ended with exit status {done.returncode}")
     result = json.loads((folder / "result.json").read_text())
     return {name: result[name] for name in _KEPT}
 

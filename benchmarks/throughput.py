@@ -73,6 +73,7 @@ def _choose_device(device: str) -> None:
 
     platform = {"cpu": "cpu", "gpu": "cuda"}[device]
     os.environ["JAX_PLATFORMS"] = platform
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contenders share a GPU
     jax.config.update("jax_platforms", platform)
     try:
         found = jax.default_backend()
@@ -133,7 +134,10 @@ def run_workload(
         **workload.fields,
     )
     options = RunOptions(
-        duel_mode=workload.mode, duel_seconds=seconds, parity_steps=workload.parity_steps
+        duel_mode=workload.mode,
+        duel_seconds=seconds,
+        parity_steps=workload.parity_steps,
+        steps_per_call=workload.steps_per_call,
     )
     recipe = experiment.make_recipe(config, options)
     duel.compare(workload.module, recipe, config, options, record)

@@ -82,12 +82,15 @@ def _conditions(done: list[Mapping[str, Any]]) -> list[str]:
     peaks = sorted(record["ceiling"]["flops"] / 1e9 for record in done)
     copies = sorted(record["ceiling"]["bytes_per_second"] / 1e9 for record in done)
     threads = sorted(record["ceiling"]["speedup_by_threads"] for record in done)
+    by_threads = ""
+    if first["device"] == "cpu":
+        by_threads = f" (with all threads {threads[0]:.2f} to {threads[-1]:.2f} times one's)"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return [
         f"{where(first)}; {versions}; {settings['compute_dtype']}, matmul precision "
         f"{settings['matmul_precision']} on both sides, generated images. Ceiling: a product at "
-        f"{peaks[0]:,.0f} to {peaks[-1]:,.0f} GFLOP/s (with all threads {threads[0]:.2f} to "
-        f"{threads[-1]:.2f} times one's), a copy at {copies[0]:.0f} to {copies[-1]:.0f} GB/s."
+        f"{peaks[0]:,.0f} to {peaks[-1]:,.0f} GFLOP/s{by_threads}, a copy at {copies[0]:.0f} to "
+        f"{copies[-1]:.0f} GB/s."
     ]
 
 

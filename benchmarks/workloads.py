@@ -14,6 +14,7 @@ class Workload:
         model: a registered model.
         batch_size: examples in a step.
         mode: "train" or "inference".
+        steps_per_call: of JAX's compiled program, in training.
         parity_steps: training steps compared in both precisions before anything is timed.
         fields: others of the experiment's config.
         module: the experiment.
@@ -24,6 +25,7 @@ class Workload:
     batch_size: int
     mode: str = "train"
     parity_steps: int = 20
+    steps_per_call: int = 1
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: str = "experiments.cifar10"
 
@@ -33,13 +35,13 @@ _SMALL_STEPS = {"learning_rate": 0.001}
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("lenet-4", "lenet", 4, fields=_SMALL_STEPS),
+        Workload("lenet-4", "lenet", 4, steps_per_call=16, fields=_SMALL_STEPS),
         Workload("lenet-128", "lenet", 128, fields=_SMALL_STEPS),
         Workload("resnet18-128", "resnet18", 128, parity_steps=3, fields=_SMALL_STEPS),
         Workload("speednet-256", "speednet", 256, parity_steps=3, fields=_SMALL_STEPS),
-        Workload("lenet-1-inference", "lenet", 1, "inference", 3, _SMALL_STEPS),
-        Workload("lenet-128-inference", "lenet", 128, "inference", 3, _SMALL_STEPS),
-        Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, _SMALL_STEPS),
-        Workload("resnet18-128-inference", "resnet18", 128, "inference", 1, _SMALL_STEPS),
+        Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
+        Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
+        Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),
+        Workload("resnet18-128-inference", "resnet18", 128, "inference", 1, fields=_SMALL_STEPS),
     )
 }

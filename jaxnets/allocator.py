@@ -38,3 +38,10 @@ def keep_freed_memory() -> bool:
         taken = [mallopt(name, value) == 1 for name, value in _SETTINGS]
         return all(taken)
     return False
+
+
+def release_freed_memory() -> None:
+    """Give what is freed back to the system once; nothing where the C library isn't glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -103,6 +103,8 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
         about += f" --preset NAME takes other defaults: {', '.join(experiment.presets)}."
     parse = partial(parse_flags, words, prog=f"{prog} {command}", about=about)
     config, options = parse(default)
+    if command == "duel":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its workers share a GPU
     for file in options.plugin:
         registry.load_file(file)
     if command != "duel":  # whose workers do both by themselves

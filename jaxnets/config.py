@@ -36,6 +36,9 @@ class RunOptions:
     threads: int | None = None
     """On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
     little more than a millisecond."""
+    steps_per_call: int = 1
+    """Steps that a call of the compiled program takes, where nothing needs the state in between. It
+    saves time where a step takes little longer than a call; for data in memory and --strategy jit."""
     jit: bool = True
     """Compile. Otherwise run eagerly on one device, for debugging."""
     stream: bool = False

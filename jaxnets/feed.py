@@ -40,6 +40,15 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     for name in ("num_workers", "prefetch"):
         if getattr(options, name) < 0:
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 0")
+    several = options.steps_per_call
+    if several < 1:
+        raise errors.ConfigError(f"steps_per_call is {several}; it must be at least 1")
+    if several > 1 and (
+        resident(recipe.train, options) is None or options.strategy != "jit" or not options.jit
+    ):
+        raise errors.ConfigError(
+            "several steps in a call take data that is kept in memory, and --strategy jit, compiled"
+        )
     if recipe.partners and resident(recipe.train, options) is None:
         raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
     parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]

@@ -24,7 +24,7 @@ from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, program_cache, sharding
-from jaxnets.train.loop import Clock, fit
+from jaxnets.train.loop import Clock, Several, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
 from jaxnets.train.shapes import ShapeGuard
@@ -148,7 +148,7 @@ def train(
         if arrays is not None:
             arrays = strategy.replicate(dict(arrays))  # once for all programs
 
-        def compiled(loss_fn: LossFn) -> ShapeGuard:
+        def compiled(loss_fn: LossFn, num_steps: int = 1) -> ShapeGuard:
             make_step = partial(
                 make_train_step,
                 loss_fn,
@@ -158,9 +158,15 @@ def train(
                 accumulate=recipe.accumulate,
                 ema_decay=recipe.ema_decay,
             )
-            return ShapeGuard(strategy.compile_step(make_step, arrays))
+            return ShapeGuard(strategy.compile_step(make_step, arrays, num_steps=num_steps))
 
         steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
+        several = None
+        if (count := options.steps_per_call) > 1:
+            programs_of_several = {
+                begin: compiled(loss_fn, count) for begin, loss_fn in recipe.loss_fns.items()
+            }
+            several = Several(count, programs_of_several, schedule.needs_state)
         draws = Batches(
             recipe.num_examples,
             recipe.batch_size,
@@ -197,6 +203,7 @@ def train(
                         hooks=[measure, writing, evaluation, saving, show, profile, early, stop],
                         clock=clock,
                         later={begin: steps[begin] for begin, _ in recipe.stages},
+                        several=several,
                     )
             last = int(state.step)
             if early.is_over():
@@ -295,6 +302,10 @@ class _Schedule:
         every = self.options.checkpoint_every
         is_before_short = self._has_short_end and step == self.recipe.num_steps - 1
         return self.is_eval_due(step) or bool(every and step % every == 0) or is_before_short
+
+    def needs_state(self, step: int) -> bool:
+        """Whether something needs the state after this step."""
+        return self.is_eval_due(step) or self.is_save_due(step)
 
     def keep(self, step: int) -> tuple[int, ...]:
         """A run with a short last batch can be made longer exactly only from before that batch."""

@@ -121,6 +121,23 @@ def test_a_run_made_longer_equals_one_that_was_so_from_the_start(tmp_path, capsy
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
+def test_several_steps_in_a_call(tmp_path):
+    """The run is the same: its rows, its evaluations, and to rounding its numbers."""
+    rows = {}
+    for count in (1, 4):
+        words = ["--steps", "22", "--eval-every", "9", "--log-every", "1", "--no-pictures"]
+        folder = tmp_path / str(count)
+        words += ["--run-dir", str(folder), "--steps-per-call", str(count)]
+        assert cifar("train", *SMALL, *words) == 0
+        rows[count] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[4]] == [row["step"] for row in rows[1]]
+    for several, single in zip(rows[4], rows[1], strict=True):
+        assert set(several) == set(single)
+        for name in {"loss", "grad_norm", "eval/loss"} & set(single):
+            assert several[name] == pytest.approx(single[name], rel=1e-4)
+    assert [row["step"] for row in rows[4] if "eval/loss" in row] == [9, 18, 22]
+
+
 def test_a_record_that_is_gone_is_made_again(tmp_path):
     words = ["train", *SMALL, "--steps", "3", "--num-devices", "1"]
     assert cifar(*words) == 0
@@ -195,6 +212,15 @@ BAD = {
         "64 is not divisible by 2 devices x 3",
     ),
     "accumulate": (["train", *SMALL, "--accumulate", "0"], "accumulate must be at least 1"),
+    "steps per call": (["train", *SMALL, "--steps-per-call", "0"], "steps_per_call is 0"),
+    "steps per call, streamed": (
+        ["train", *SMALL, "--steps-per-call", "4", "--stream"],
+        "several steps in a call take data that is kept in memory",
+    ),
+    "steps per call, pmap": (
+        ["train", *SMALL, "--steps-per-call", "4", "--strategy", "pmap"],
+        "and --strategy jit, compiled",
+    ),
     "rate nan": (
         ["train", *SMALL, "--learning-rate", "nan"],
         "finite number of at least 0, not nan",

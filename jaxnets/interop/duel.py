@@ -25,13 +25,15 @@ import jax
 import numpy as np
 
 from jaxnets import errors, registry
+from jaxnets.allocator import release_freed_memory
 from jaxnets.config import RunOptions, to_json
 from jaxnets.data import Batches, take
 from jaxnets.interop import duel_report
 from jaxnets.interop.contender import Contender, Starters, WorkerError, make_starters
+from jaxnets.interop.distance import ROUNDING_FACTOR
 from jaxnets.interop.measure import NUM_VALUES
-from jaxnets.interop.parity import check_parity
-from jaxnets.interop.reference import ROUNDING_FACTOR, load_reference
+from jaxnets.interop.parity import LOSS_DRIFT_BOUND, check_parity
+from jaxnets.interop.reference import load_reference, require_cuda
 from jaxnets.recipe import Recipe
 from jaxnets.train import create_state
 from jaxnets.train.checkpoint import write_atomically
@@ -97,6 +99,11 @@ def compare(
         ConfigError: if they can't be compared.
     """
     check(recipe, options)
+    dtype = recipe.torch_arguments.get("dtype", "float32")
+    if dtype != getattr(config, "dtype", "float32"):
+        raise errors.ConfigError(f"no comparison: the PyTorch reference would compute in {dtype}")
+    if jax.default_backend() == "gpu":
+        require_cuda()
     report |= {
         "experiment": recipe.name,
         "mode": options.duel_mode,
@@ -112,6 +119,7 @@ def compare(
         report["parity"] = {"passed": False, "failure": str(error)}
         raise
     report["parity"] = {"passed": True} | parity
+    release_freed_memory()  # the workers need it
     with (
         _exit_on_sigterm(),
         tempfile.TemporaryDirectory(prefix="duel-") as folder,
@@ -140,8 +148,8 @@ def value_bounds(settings: Mapping[str, Any], parity: Mapping[str, Any]) -> list
     """How far the first values of two sides may be apart.
 
     Args:
-        settings: of one of them.
-        parity: as `check_parity` gives it.
+        settings: of a contender.
+        parity: as `check_parity` gives it, of at most 128 rows, which stand for the timed batch.
 
     Returns:
         a bound for each value; in training for as many steps as parity was proved of, at most.
@@ -150,7 +158,8 @@ def value_bounds(settings: Mapping[str, Any], parity: Mapping[str, Any]) -> list
     bound = max(VALUE_BOUND, *rough)
     if settings["mode"] == "inference":
         return [bound] * NUM_VALUES
-    return [max(bound, ROUNDING_FACTOR * rounding) for rounding in parity["loss_rounding"][:NUM_VALUES]]
+    rounding = parity["loss_rounding"][:NUM_VALUES]
+    return [max(bound, min(ROUNDING_FACTOR * x, LOSS_DRIFT_BOUND)) for x in rounding]
 
 
 def flops_per_example(recipe: Recipe, mode: str) -> float:
@@ -232,8 +241,9 @@ def check(recipe: Recipe, options: RunOptions) -> None:
         )
     if not (math.isfinite(options.duel_seconds) and options.duel_seconds > 0):
         raise errors.ConfigError(f"duel_seconds is {options.duel_seconds}; it must be above 0")
-    if options.parity_steps < 1:
-        raise errors.ConfigError(f"parity_steps is {options.parity_steps}; it must be at least 1")
+    for name in ("parity_steps", "steps_per_call"):
+        if getattr(options, name) < 1:
+            raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 1")
     if jax.default_backend() not in ("cpu", "gpu"):
         raise errors.ConfigError(
             f"the duel compares on a CPU or a GPU, and JAX is on {jax.default_backend()}: set "
@@ -274,6 +284,9 @@ def _measure(starters: Starters, seconds: float, parity: Mapping[str, Any] | Non
     groups: dict[str, list[Contender]] = {"ours": [], "plain": [], "torch": []}
     failed: dict[str, str] = {}
     agreement = 0.0
+    exact = starters.exact()
+    check_bound = exact.check_bound()
+    exact.close()  # with the memory of float64
     for group, starter in [
         *(("ours", starter) for starter in starters.ours),
         ("plain", starters.plain),
@@ -281,7 +294,7 @@ def _measure(starters: Starters, seconds: float, parity: Mapping[str, Any] | Non
     ]:
         contender = starter()
         try:
-            contender.start()
+            contender.start(check_bound)
         except WorkerError as error:
             if contender.side == "jax":
                 raise
@@ -319,6 +332,7 @@ def _measure(starters: Starters, seconds: float, parity: Mapping[str, Any] | Non
     again.start()
     again.close()
     report = duel_report.assemble(groups, again, failed, ceiling)
+    report["check_bound"] = check_bound
     report["first_values"] = (
         {
             "largest_error": agreement,

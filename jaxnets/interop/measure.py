@@ -10,8 +10,8 @@ from typing import Any
 
 NUM_VALUES = 5  # of the first steps, which both sides must agree on
 ENDLESS = 2**40  # positions; the order goes on over any number of epochs
-_PRODUCT_SIZES = {"cpu": 2048}  # of the matrix product that stands for the ceiling
-_LARGE_PRODUCT = 8192  # the same where there are thousands of units to keep busy
+# Rows and columns of the matrix product that stands for the ceiling; more where there is more to busy.
+_PRODUCT_SIZE, _LARGE_PRODUCT_SIZE = 2048, 8192
 COPY_BYTES = 2**28  # read and written by the copy
 _SECONDS = 0.5  # of each of the two
 
@@ -29,7 +29,7 @@ def best_seconds(run: Callable[[], Any]) -> float:
 
 def product_size(device: str) -> int:
     """Rows and columns of the product that shows what a device, "cpu" or "gpu", can do."""
-    return _PRODUCT_SIZES.get(device, _LARGE_PRODUCT)
+    return _PRODUCT_SIZE if device == "cpu" else _LARGE_PRODUCT_SIZE
 
 
 def num_cores() -> int:

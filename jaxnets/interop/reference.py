@@ -8,11 +8,6 @@ from typing import Any
 from jaxnets import errors, registry
 from jaxnets.interop.weights import Table
 
-# How many times the reference's own rounding, its distance from its result in float64, another may
-# differ from it in float32. Two sides that round equally differ by 1 to 2 times; 2.4 was seen, in the
-# tail of Adam's errors.
-ROUNDING_FACTOR = 10.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -47,6 +42,21 @@ def require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise errors.ConfigError(
             "the duel needs PyTorch, which is not installed; its CPU build will do: pip install torch"
+        )
+
+
+def require_cuda() -> None:
+    """Make sure that PyTorch is there and finds a GPU.
+
+    Raises:
+        ConfigError: if not.
+    """
+    require_torch()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise errors.ConfigError(
+            f"JAX is on a GPU, and PyTorch {torch.__version__} finds none; its CPU build can't use one"
         )
 
 

@@ -36,8 +36,8 @@ def conv2d(
         `[B, H', W', features]`.
 
     Raises:
-        ValueError: if the ranks or channels don't fit, the padding is unknown, steps or groups are
-            below 1, or the output would be empty.
+        ValueError: if the ranks or channels don't fit, the padding is unknown or negative, steps or
+            groups are below 1, or the output would be empty.
     """
     if min(*strides, *dilation, groups) < 1:
         raise ValueError(
@@ -58,6 +58,8 @@ def conv2d(
         pads = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
     else:
         pads = [(padding, padding)] * 2 if isinstance(padding, int) else list(padding)
+    if min(sum(map(tuple, pads), ())) < 0:
+        raise ValueError(f"padding is at least 0, not {padding}")
     padded = [n + low + high for n, (low, high) in zip(x.shape[1:3], pads, strict=True)]
     if any(n < k for n, k in zip(padded, reach, strict=True)):
         raise ValueError(

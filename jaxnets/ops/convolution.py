@@ -131,10 +131,12 @@ def _depthwise(
     x: Array, kernel: Array, strides: Sequence[int], pads: Pads, dilation: Sequence[int]
 ) -> Array:
     """Each channel with its own kernels: `[height, width, 1, O]`, O a multiple of C."""
-    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[3])
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the sums, and of their gradients
+    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[3]).astype(dtype)
     x = jnp.repeat(x, kernel.shape[3] // x.shape[3], axis=3)
     views = _views(x, kernel.shape[:2], strides, pads, dilation)
-    return reduce(jnp.add, [view * weight for view, weight in zip(views, weights, strict=True)])
+    products = [view.astype(dtype) * weight for view, weight in zip(views, weights, strict=True)]
+    return reduce(jnp.add, products).astype(x.dtype)
 
 
 def _grouped(
@@ -145,17 +147,19 @@ def _grouped(
     dilation: tuple[int, int],
     groups: int,
 ) -> Array:
-    """Convolutions of their own for the groups, or for bundles of them."""
+    """Convolutions of their own for the groups, or for bundles of them.
+
+    In a bundle a NaN reaches the other groups' outputs as well, which zeros keep nothing else from.
+    """
     most = min(_MOST_PARTS, max(1, x.shape[3] // _PART_CHANNELS))
-    parts = max(n for n in range(1, most + 1) if groups % n == 0)
-    bundle = groups // parts
+    bundle = -(-groups // most)
+    channels, features = x.shape[3] // groups, kernel.shape[3] // groups
     outputs = []
-    for image, weights in zip(
-        jnp.split(x, parts, axis=3), jnp.split(kernel, parts, axis=3), strict=True
-    ):
-        outputs.append(
-            convolve(image, _block_diagonal(weights, bundle), strides, pads, dilation=dilation)
-        )
+    for begin in range(0, groups, bundle):
+        end = min(begin + bundle, groups)
+        image = x[..., begin * channels : end * channels]
+        weights = _block_diagonal(kernel[..., begin * features : end * features], end - begin)
+        outputs.append(convolve(image, weights, strides, pads, dilation=dilation))
     return jnp.concatenate(outputs, axis=3)
 
 

@@ -4,8 +4,10 @@ from jaxnets.train.checkpoint import Checkpoints as Checkpoints
 from jaxnets.train.evaluate import evaluate as evaluate
 from jaxnets.train.evaluate import make_eval_step as make_eval_step
 from jaxnets.train.loop import Clock as Clock
+from jaxnets.train.loop import Several as Several
 from jaxnets.train.loop import StepMetrics as StepMetrics
 from jaxnets.train.loop import fit as fit
+from jaxnets.train.loop import stack as stack
 from jaxnets.train.metrics_log import MetricsLog as MetricsLog
 from jaxnets.train.prefetch import Prefetch as Prefetch
 from jaxnets.train.schedule import SCHEDULES as SCHEDULES

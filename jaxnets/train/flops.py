@@ -64,6 +64,14 @@ def products(jaxpr: Any, scope: str = "") -> Iterator[tuple[str, int]]:
                 yield from ((where, rounds * flops) for where, flops in products(part, inner))
 
 
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """The names of all primitives of a jaxpr, those of its inner ones too."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for part in _inner_jaxprs(eqn.params):
+            yield from primitives(part)
+
+
 def _dot_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape

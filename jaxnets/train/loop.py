@@ -18,9 +18,10 @@ class StepMetrics:
 
     Args:
         step: the number of the step, from 1.
-        values: scalars on the device.
-        index: `[B]`, the examples of the batch, where that is known.
+        values: scalars on the device; `[K]` if the program takes K steps in a call.
+        index: `[B]`, or `[K, B]`, the examples of the batch, where that is known.
         clock: where waiting for the step is added up.
+        place: of this step among the K; None where there is one.
     """
 
     def __init__(
@@ -29,11 +30,13 @@ class StepMetrics:
         values: Mapping[str, Any],
         index: Any = None,
         clock: "Clock | None" = None,
+        place: int | None = None,
     ):
         self.step = step
         self._clock = clock
         self._values = values
         self._index = index
+        self._place = place
         self._read: dict[str, float] | None = None
 
     def read(self) -> dict[str, float]:
@@ -44,28 +47,40 @@ class StepMetrics:
         """
         if self._read is None:
             self.check()
-            self._read = {k: v.item() for k, v in jax.device_get(dict(self._values)).items()}
+            self._read = self._at(self._place)
             self._read.pop("guard", None)
         return self._read
 
     def check(self) -> None:
         """Wait for the step and raise NonFiniteError if it was not applied."""
         start = time.perf_counter()
-        guard = int(self._values.get("guard", -1))
+        guard = int(
+            np.asarray(self._values.get("guard", -1))[... if self._place is None else self._place]
+        )
         if self._clock:
             self._clock.wait += time.perf_counter() - start
         if guard < 0:
             return
-        loss, norm = (float(self._values[name]) for name in ("loss", "grad_norm"))
+        # The step that was not applied may be an earlier one of the same call.
+        behind, place = self.step - 1 - guard, self._place
+        if place is not None and behind <= place:
+            place, behind = place - behind, 0
+        found = self._at(place)
+        loss, norm = found["loss"], found["grad_norm"]
         which = ""
-        if self._index is not None and guard == self.step - 1:
-            index = np.ravel(self._index)  # in the devices' parts, where pmap has cut it
+        if self._index is not None and not behind:
+            index = self._index if place is None else self._index[place]
+            index = np.ravel(index)  # in the devices' parts, where pmap has cut it
             shown = ", ".join(str(i) for i in index[:8])
             which = f"; its batch has the examples {shown}{', ...' if len(index) > 8 else ''}"
         raise errors.NonFiniteError(
             f"step {guard + 1} was not applied: its loss is {loss:.6g} and the norm of its gradients "
             f"{norm:.6g}{which}; try a lower learning rate"
         )
+
+    def _at(self, place: int | None) -> dict[str, float]:
+        values = jax.device_get(dict(self._values))
+        return {name: (x if place is None else x[place]).item() for name, x in values.items()}
 
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]]
@@ -104,6 +119,35 @@ class Clock:
         return self.data / self.train if self.train else 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """Programs that take several steps in one call, for steps that take little longer than the call.
+
+    They take the steps from m K to (m + 1) K - 1, for whole m: which program does a step doesn't depend
+    on where the run was stopped before.
+
+    Attributes:
+        num_steps: K, at least 2.
+        programs: `program(state, batches) -> (state, metrics)` by the step from which on, as fit's own;
+            batches and metrics have an axis of K in front.
+        needs_state: `needs_state(step)`: whether a hook needs the state after so many steps. Those in
+            between get the state after the K-th.
+    """
+
+    num_steps: int
+    programs: Mapping[int, TrainStep]
+    needs_state: Callable[[int], bool]
+
+    def fits(self, i: int, end: int) -> bool:
+        """Whether the steps from i on can be done in one call, in a run of so many steps."""
+        between = range(i + 1, i + self.num_steps)
+        return (
+            i % self.num_steps == 0
+            and between.stop <= end
+            and not any(self.needs_state(step) or step in self.programs for step in between)
+        )
+
+
 def fit(
     train_step: TrainStep,
     state: TrainState,
@@ -112,6 +156,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     clock: Clock | None = None,
     later: Mapping[int, TrainStep] | None = None,
+    several: Several | None = None,
 ) -> tuple[TrainState, str | None]:
     """Train from `state.step` to the end of `batches`.
 
@@ -126,6 +171,8 @@ def fit(
             returns a string the run stops there.
         clock: where to add up the time.
         later: what to call instead of `train_step`, by the step, counted from 0, from which on.
+        several: takes several steps in one call where nothing needs the state in between; the batches
+            are arrays on the host then.
 
     Returns:
         the state, and the reason why a hook stopped the run, or None.
@@ -135,18 +182,21 @@ def fit(
     """
     clock = clock or Clock()
     programs = {0: train_step, **(later or {})}
-    first = int(state.step)
-    previous = current = None
-    for i in range(first, len(batches)):
-        program = programs[max(begin for begin in programs if begin <= i)]
-        is_new, current = program is not current, program
+    i, end = int(state.step), len(batches)
+    previous, known = None, set()
+    while i < end:
+        begin = max(begin for begin in programs if begin <= i)
+        count = several.num_steps if several and several.fits(i, end) else 1
+        program = several.programs[begin] if several and count > 1 else programs[begin]
+        is_new = id(program) not in known
+        known.add(id(program))
         if is_new and previous is not None:
             previous.check()  # or its time would be taken for compilation
         start = time.perf_counter()
-        # 1. Draw the batch.
-        batch = batches[i]
+        # 1. Draw the batch, or several.
+        batch = batches[i] if count == 1 else stack([batches[i + k] for k in range(count)])
         drawn = time.perf_counter()
-        # 2. Dispatch the step; it runs while we go on.
+        # 2. Dispatch; the device works while we go on.
         state, values = program(state, batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
         if is_new:
@@ -155,23 +205,30 @@ def fit(
         if is_new:
             clock.compile += dispatched - start
             clock.first_step = clock.first_step or dispatched
-        metrics = StepMetrics(i + 1, values, index, clock)
-        # 3. Read the previous step's guard: one step late, so that the device always has work.
+        places = [None] if count == 1 else range(count)
+        done = [StepMetrics(i + k + 1, values, index, clock, place) for k, place in enumerate(places)]
+        i += count
+        # 3. Read the guard of the step before these: late, so that the device always has work.
         if previous is not None:
             previous.check()
-        previous = metrics
+        previous = done[-1]
         checked, waited = time.perf_counter(), clock.wait
         # 4. Call the hooks.
-        reasons = [hook(i + 1, state, metrics) for hook in hooks]
+        reasons = [hook(metrics.step, state, metrics) for metrics in done for hook in hooks]
         stop = next((reason for reason in reasons if reason), None)
         if not is_new:
             clock.data += drawn - start
             clock.dispatch += dispatched - drawn
-            clock.steps += 1
+            clock.steps += count
         clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
         if stop:
-            metrics.check()
+            previous.check()
             return state, stop
     if previous is not None:
         previous.check()
     return state, None
+
+
+def stack(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Batches, or draws, of equal shapes as one with an axis in front."""
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxnets import defects, errors
 from jaxnets.ops.forms import is_plain, plain
 from jaxnets.ops.partition import activation_rules
+from jaxnets.train.flops import primitives
 from jaxnets.typing import Array, PyTree
 
 AXIS = "data"
@@ -155,7 +156,11 @@ class Strategy:
         )
 
     def compile_step(
-        self, make_step: Callable[..., Callable], arrays: Mapping[str, Any] | None = None
+        self,
+        make_step: Callable[..., Callable],
+        arrays: Mapping[str, Any] | None = None,
+        *,
+        num_steps: int = 1,
     ) -> Callable[[PyTree, Mapping[str, Any]], tuple[PyTree, Any]]:
         """Compile a step that changes the state.
 
@@ -164,11 +169,16 @@ class Strategy:
                 whose metrics are the same on every device.
             arrays: a data set `{name: [N, ...]}` to keep on the devices. With it the result takes
                 draws, `{"index": [B], ...}`, instead of batches, and gathers the rows on the device.
+            num_steps: how many steps a call takes. With more than one, batches or draws, and the
+                metrics, have an axis of so many in front; under "jit" only.
 
         Returns:
             `step(state, batch_or_draw) -> (state, metrics)`. The state that goes in is used up.
+
+        Raises:
+            ValueError: if several steps are asked for that can't be compiled into one program.
         """
-        return self._compile(make_step, arrays, returns_state=True)
+        return self._compile(make_step, arrays, returns_state=True, num_steps=num_steps)
 
     def compile_eval(
         self, make_step: Callable[..., Callable], arrays: Mapping[str, Any] | None = None
@@ -181,16 +191,22 @@ class Strategy:
         make_step: Callable[..., Callable],
         arrays: Mapping[str, Any] | None,
         returns_state: bool,
+        num_steps: int = 1,
     ) -> Callable:
+        if num_steps != 1 and (num_steps < 1 or self.name != "jit" or not self.use_jit):
+            raise ValueError(f"{num_steps} steps in a call take the strategy 'jit', compiled")
         resident = self.replicate(dict(arrays or {}))
         has_arrays = arrays is not None
         is_pmap, use_plain = self.name == "pmap", is_plain()
         step = make_step(axis_name=AXIS if is_pmap else None)
         rows = NamedSharding(self.mesh, P(AXIS))
+        drawn = rows if num_steps == 1 else NamedSharding(self.mesh, P(None, AXIS))
 
         def body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
             with plain() if use_plain else contextlib.nullcontext():
-                return _body(state, resident, draw)
+                if num_steps == 1:
+                    return _body(state, resident, draw)
+                return _in_a_row(lambda state, draw: _body(state, resident, draw), state, draw)
 
         def _body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
             batch = gather_rows(resident, draw) if has_arrays else draw
@@ -233,7 +249,7 @@ class Strategy:
 
             return run_mapped
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, rows))
+        compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, drawn))
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         if is_worth_a_look:
             jitted = _guard(jitted, compiled(compiler_options=_CAREFUL_CPU_OPTIONS))
@@ -245,6 +261,18 @@ class Strategy:
 
     def _split(self, x: Any) -> Any:
         return np.reshape(np.asarray(x), (self.num_devices, -1, *np.shape(x)[1:]))
+
+
+def _in_a_row(step: Callable, state: PyTree, draws: PyTree) -> tuple[PyTree, Any]:
+    """A step for each draw of a stack, one after the other."""
+    unroll = 1
+    if jax.default_backend() == "cpu":
+        # XLA runs a convolution of its own in a loop on a CPU up to 100 times slower than outside of it.
+        first = jax.tree.map(lambda x: x[0], draws)
+        jaxpr = jax.make_jaxpr(step)(state, first).jaxpr
+        has_convolution = any(name == "conv_general_dilated" for name in primitives(jaxpr))
+        unroll = len(jax.tree.leaves(draws)[0]) if has_convolution else 1
+    return jax.lax.scan(step, state, draws, unroll=unroll)
 
 
 def _guard(fast: Any, careful: Any) -> Callable:

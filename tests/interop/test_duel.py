@@ -225,6 +225,7 @@ def test_precisions_in_common_words():
         ({}, {"duel_mode": "infer"}, "unknown duel mode 'infer'"),
         ({}, {"duel_mode": "inference"}, "tiny has no predict_fn"),
         ({}, {"parity_steps": 0}, "parity_steps is 0"),
+        ({}, {"steps_per_call": 0}, "steps_per_call is 0"),
         ({}, {"duel_seconds": 0.0}, "duel_seconds is 0.0"),
         ({}, {"duel_seconds": float("nan")}, "duel_seconds is nan"),
         ({"torch_reference": None}, {}, "tiny has no PyTorch reference"),
@@ -235,6 +236,13 @@ def test_what_cannot_be_compared(recipe, options, message, tmp_path):
     with pytest.raises(errors.ConfigError, match=message):
         duel.run_duel("tiny", made, digits.Config(), RunOptions(run_dir=tmp_path / "r", **options))
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parity
+def test_a_reference_of_another_dtype(tmp_path):
+    config = cifar10.Config(dtype="bfloat16")  # which the reference isn't told of
+    with pytest.raises(errors.ConfigError, match="reference would compute in float32"):
+        duel.run_duel("tiny", tiny.recipe(), config, RunOptions(run_dir=tmp_path / "r"))
 
 
 @pytest.mark.parity
@@ -304,7 +312,7 @@ class Stub:
             "seconds_to_first_steps": 1.5,
             "first_values": [[2.0]],
             "cache_hits": 1,
-            "gradients": {"parameter": "", "off_by": 0.0, "bound": 0.0},
+            "gradients": {"parameter": "", "off_by": 0.0},
             **(facts or {}),
         }
 

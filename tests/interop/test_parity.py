@@ -56,6 +56,9 @@ def test_every_model_and_optimizer_agrees_with_pytorch(model, optimizer, options
                 continue
             assert stage["error"] <= stage["bound"], name
     assert report["float32"]["outputs"]["bound"] <= 2e-5
+    assert report["float32"]["gradients"]["bound"] < 1e-2
+    assert len(report["loss_rounding"]) == 20
+    assert 0 < max(report["loss_rounding"]) < 1e-3
     assert report["float32"]["outputs"]["error"] > 0  # float32, and two implementations
     assert 0 < report["float64"]["outputs"]["error"] < 1e-13
     assert [line.split(":")[0] for line in lines] == ["parity in float64", "parity in float32"]
@@ -75,6 +78,28 @@ def mutate(reference, **changes):
         for row in reference.weights
     ]
     return dataclasses.replace(reference, weights=tuple(rows))
+
+
+@pytest.mark.parity
+def test_what_rounding_may_do_is_seen_from_other_weights():
+    """It widens the bound of the gradients alone, and a gradient that is missing stays a mistake."""
+    from jaxnets.interop.sides import run_torch
+
+    recipe, reference, variables, draws, _, exact = tiny.sides("convnet")
+    rough, nudged = (
+        run_torch(reference, recipe.train, variables, draws, dtype) for dtype in ("float32", "float64")
+    )
+    name = "params/conv2/kernel"
+    nudged.grads[name] = exact.grads[name] * 1.5  # as if units had switched
+    nudged.outputs[""] = exact.outputs[""] * 1.5
+    one = parity.compare_records(rough, rough, "float32", 1e-5, exact=exact)
+    two = parity.compare_records(rough, rough, "float32", 1e-5, exact=exact, nudged=[nudged])
+    assert one["gradients"]["bound"] < 1e-3
+    assert two["gradients"]["bound"] == 0.3
+    assert two["outputs"]["bound"] == one["outputs"]["bound"] <= 2e-5
+    missing = dataclasses.replace(rough, grads=rough.grads | {name: 0 * rough.grads[name]})
+    with pytest.raises(errors.ParityError, match=rf"gradients: {name} differs by 1\.00e\+00"):
+        parity.compare_records(missing, rough, "float32", 1e-5, exact=exact, nudged=[nudged])
 
 
 @pytest.mark.parity

@@ -44,8 +44,10 @@ def test_a_worker_reports_its_errors_and_lives_on(worker):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("model", ["convnet", "lenet"])
-def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("convnet", "float32"), ("lenet", "float32"), ("lenet", "bfloat16")]
+)
+def test_a_variant_with_wrong_gradients_is_found(model, dtype, tmp_path):
     import torch
 
     made = tiny.recipe(model)
@@ -56,7 +58,7 @@ def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
     spec = {
         "name": "tiny",
         "target": made.torch_reference,
-        "arguments": made.torch_arguments,
+        "arguments": {**made.torch_arguments, "dtype": dtype},
         "weights": str(tmp_path / "torch.npz"),
         "arrays": str(tmp_path / "train.npz"),
         "batch_size": 8,
@@ -67,22 +69,20 @@ def test_a_variant_with_wrong_gradients_is_found(model, tmp_path):
         "channels_last": True,
         "mode": "train",
         "device": "cpu",
-        "compute_dtype": "float32",
+        "compute_dtype": dtype,
         "matmul_precision": "highest",
     }
     side = torch_side.TorchSide(spec)
     before = {name: x.clone() for name, x in side.model.state_dict().items()}
-    found = side.check()
-    assert found["off_by"] < 1e-4
-    assert torch_side.CHECK_BOUND <= found["bound"] < 0.01
+    bound, is_rough = side.check_bound()["bound"], dtype == "bfloat16"
+    assert torch_side.CHECK_BOUND <= bound <= (0.3 if is_rough else 0.01)
+    assert side.check()["off_by"] < (bound if is_rough else 1e-4)
     for name, x in side.model.state_dict().items():
         assert torch.equal(x, before[name]), name
     if model == "convnet":
         assert side.model.dropout1.p == 0.3
     side.model.conv1.weight.register_hook(lambda grad: grad * 0)
-    found = side.check()
-    assert (found["parameter"], found["off_by"]) == ("conv1.weight", 1.0)
-    assert found["bound"] < 0.01
+    assert side.check() == {"parameter": "conv1.weight", "off_by": 1.0}
 
 
 def test_a_worker_that_dies_is_one_line(worker):

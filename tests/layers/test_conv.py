@@ -106,6 +106,8 @@ def test_dilation_and_groups_equal_pytorchs_meaning(
         ({"dilation": (0, 1)}, "at least 1, not"),
         ({"strides": (1, 0)}, "at least 1, not"),
         ({"dilation": (3, 1)}, r"a \(7, 3\) kernel leaves nothing"),
+        ({"padding": -1}, "padding is at least 0, not -1"),
+        ({"padding": ((0, 1), (-1, 0))}, "padding is at least 0"),
     ],
 )
 def test_steps_and_groups_that_do_not_fit(arguments, message):

@@ -57,6 +57,7 @@ FORMS = {
     "depthwise": ((2, 9, 11, 9), (3, 3, 1, 9), {"groups": 9, "padding": 1}),
     "depthwise, strided": ((2, 9, 11, 9), (3, 3, 1, 18), {"groups": 9, "strides": (2, 2), "padding": 1}),
     "groups": ((2, 9, 11, 8), (3, 3, 4, 6), {"groups": 2, "padding": 1}),
+    "bundles of groups": ((2, 5, 6, 35), (3, 3, 5, 14), {"groups": 7, "padding": 1}),
 }
 
 
@@ -110,11 +111,23 @@ def test_every_form_in_every_dtype(form, dtype, bound, x64):
     check_forms(*FORMS[form], dtype=dtype, bound=bound)
 
 
+def test_a_depthwise_convolution_adds_in_float32():
+    """In bfloat16 a sum of ones would stop at 256."""
+    x, kernel = jnp.ones((2, 40, 40, 3), jnp.bfloat16), jnp.ones((1, 1, 1, 3), jnp.bfloat16)
+    grad = jax.jit(jax.grad(lambda k: jnp.sum(conv2d(x, k, groups=3).astype(jnp.float32))))(kernel)
+    np.testing.assert_allclose(np.asarray(grad, np.float32), 3200, rtol=2**-8)
+    wide = conv2d(
+        jnp.ones((1, 20, 20, 2), jnp.bfloat16), jnp.ones((20, 20, 1, 2), jnp.bfloat16), groups=2
+    )
+    np.testing.assert_allclose(np.asarray(wide, np.float32), 400, rtol=2**-8)
+
+
 def primitives(fun, *args):
     return {eqn.primitive.name for eqn in jax.make_jaxpr(fun)(*args).eqns}
 
 
-OWN = ("wide", "wide, strided", "blocks of the stride", "groups")  # XLA's own, or made of it
+# XLA's own, or made of it.
+OWN = ("wide", "wide, strided", "blocks of the stride", "groups", "bundles of groups")
 
 
 def test_plain_form_is_a_convolution_and_fast_one_a_product():

@@ -13,7 +13,15 @@ from rich.console import Console
 
 from jaxnets import errors
 from jaxnets.data import Batches
-from jaxnets.train import Clock, StepMetrics, create_state, fit, make_strategy, make_train_step
+from jaxnets.train import (
+    Clock,
+    Several,
+    StepMetrics,
+    create_state,
+    fit,
+    make_strategy,
+    make_train_step,
+)
 from jaxnets.train.hooks import Evaluate, LogMetrics, ShowProgress, StopOnSignal
 from jaxnets.train.metrics_log import MetricsLog
 
@@ -107,6 +115,105 @@ def test_later_programs_take_over_at_their_step_and_after_a_resume(stop_at):
     )
     fit(program("a"), state, batches, later=later)
     assert called == [(name, i) for i, name in enumerate("aaabbbbcc")]
+
+
+def several_of(num_steps, needs_state=lambda step: False, begins=(0,), called=None):
+    strategy = make_strategy(num_devices=1)
+    program = strategy.compile_step(
+        functools.partial(make_train_step, loss_fn, TX), DATA, num_steps=num_steps
+    )
+
+    def run(state, draws):
+        if called is not None:
+            called.append((int(state.step), num_steps))
+        return program(state, draws)
+
+    return Several(num_steps, dict.fromkeys(begins, run), needs_state)
+
+
+def counted(step, called):
+    def run(state, draw):
+        called.append((int(state.step), 1))
+        return step(state, draw)
+
+    return run
+
+
+def test_several_steps_in_a_call_are_the_same_steps():
+    batches = Batches(12, 4, 44, seed=1)
+    rows = {}
+    for several in (None, several_of(4)):
+        step, state = start()
+        seen = rows[several is None] = []
+
+        def hook(number, state, metrics, seen=seen):
+            seen.append((number, metrics.step, metrics.read()))
+
+        clock = Clock()
+        state, _ = fit(step, state, batches, hooks=[hook], clock=clock, several=several)
+        seen.append(float(state.params))
+        assert int(state.step) == len(batches) == 11
+        assert clock.steps == (10 if several is None else 6)  # without the first call of a program
+    *ours, last = rows[False]
+    *theirs, expected = rows[True]
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    for (*_, found), (*_, single) in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(single, rel=1e-6)
+    assert last == pytest.approx(expected, rel=1e-6)
+
+
+def test_where_the_state_is_needed_steps_are_single():
+    """And by the number of the step alone, wherever the run was stopped."""
+    batches = Batches(12, 4, 4 * 15)
+    expected = [(0, 4), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1), (9, 1), (10, 1), (11, 1), (12, 1)]
+    expected += [(13, 1), (14, 1)]
+    for stop_at in (None, 3, 5, 12):
+        called = []
+        # The state after 6 steps is needed, and the program changes after 9.
+        several = several_of(4, lambda step: step in (6, 8), begins=(0, 9), called=called)
+        step, state = start()
+        single = counted(step, called)
+
+        def hook(number, *_, stop_at=stop_at):
+            return "enough" if number == stop_at else None
+
+        later = {9: single}
+        state, reason = fit(single, state, batches, hooks=[hook], several=several, later=later)
+        if stop_at:
+            assert reason == "enough"
+            assert int(state.step) == max(stop_at, 4)  # a call is done to its end
+            fit(single, state, batches, several=several, later=later)
+        assert called == expected
+
+
+@pytest.mark.parametrize("at", [5, 6, 8])
+def test_a_non_finite_loss_within_a_call_is_named(at):
+    step, state = start()
+    batches = [dict(draw) for draw in Batches(12, 4, 32, seed=1)]
+    wrong = batches[at - 1]["index"] + 100  # out of range: NaN
+    batches[at - 1]["index"] = wrong
+    seen = []
+
+    def hook(number, state, metrics):
+        seen.append(metrics.read()["loss"])
+
+    with pytest.raises(errors.NonFiniteError) as error:
+        fit(step, state, batches, hooks=[hook], several=several_of(4))
+    shown = ", ".join(map(str, wrong))
+    assert f"step {at} was not applied: its loss is nan" in str(error.value)
+    assert f"its batch has the examples {shown}" in str(error.value)
+    assert len(seen) == at - 1
+    # Nobody reads: the loop itself finds it, with the call after.
+    with pytest.raises(errors.NonFiniteError, match=f"step {at} was not applied") as error:
+        fit(step, start()[1], batches, several=several_of(4))
+    assert f"its batch has the examples {shown}" in str(error.value)
+
+
+def test_several_steps_take_jit():
+    make_step = functools.partial(make_train_step, loss_fn, TX)
+    for strategy in (make_strategy("pmap", num_devices=1), make_strategy(use_jit=False)):
+        with pytest.raises(ValueError, match="4 steps in a call take the strategy 'jit', compiled"):
+            strategy.compile_step(make_step, DATA, num_steps=4)
 
 
 def test_a_hook_can_stop_the_run_and_it_can_be_gone_on_with():
