@@ -68,7 +68,7 @@ def _warm(record: Mapping[str, Any]) -> str:
 
 
 def _threads(side: Mapping[str, Any]) -> str:
-    return side["best"].rpartition(", ")[2]
+    return side["best"].partition(", ")[2]
 
 
 def _speed(side: Mapping[str, Any]) -> str:

@@ -40,10 +40,10 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     for name in ("num_workers", "prefetch"):
         if getattr(options, name) < 0:
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 0")
-    several = options.steps_per_call
-    if several < 1:
-        raise errors.ConfigError(f"steps_per_call is {several}; it must be at least 1")
-    if several > 1 and (
+    num_steps = options.steps_per_call
+    if num_steps < 1:
+        raise errors.ConfigError(f"steps_per_call is {num_steps}; it must be at least 1")
+    if num_steps > 1 and (
         resident(recipe.train, options) is None or options.strategy != "jit" or not options.jit
     ):
         raise errors.ConfigError(

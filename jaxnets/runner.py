@@ -162,11 +162,10 @@ def train(
 
         steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         several = None
-        if (count := options.steps_per_call) > 1:
-            programs_of_several = {
-                begin: compiled(loss_fn, count) for begin, loss_fn in recipe.loss_fns.items()
-            }
-            several = Several(count, programs_of_several, schedule.needs_state)
+        if (in_call := options.steps_per_call) > 1:
+            calls = {begin: compiled(loss_fn, in_call) for begin, loss_fn in recipe.loss_fns.items()}
+            several = Several(in_call, calls, schedule.needs_state)
+            _warn_of_single_steps(several, num_steps)
         draws = Batches(
             recipe.num_examples,
             recipe.batch_size,
@@ -279,6 +278,17 @@ def versions() -> dict[str, str]:
 def say(line: str) -> None:
     """Tell the user something that is not the result."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _warn_of_single_steps(several: Several, num_steps: int) -> None:
+    """Say so if most steps can't be taken several in a call."""
+    seen = range(0, min(num_steps, 100 * several.num_steps), several.num_steps)
+    share = sum(several.fits(i, num_steps) for i in seen) / len(seen)
+    if share < 0.5:
+        say(
+            f"warning: only {share:.0%} of the steps are taken {several.num_steps} in a call: an "
+            "evaluation or a save breaks one; choose multiples for --eval-every and --checkpoint-every"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

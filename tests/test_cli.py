@@ -121,8 +121,17 @@ def test_a_run_made_longer_equals_one_that_was_so_from_the_start(tmp_path, capsy
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
-def test_several_steps_in_a_call(tmp_path):
+def test_several_steps_in_a_call(tmp_path, monkeypatch, capsys):
     """The run is the same: its rows, its evaluations, and to rounding its numbers."""
+    calls = []
+
+    class Counted(runner.Several):
+        def fits(self, i, end):
+            fits = super().fits(i, end)
+            calls.append((i, fits))
+            return fits
+
+    monkeypatch.setattr(runner, "Several", Counted)
     rows = {}
     for count in (1, 4):
         words = ["--steps", "22", "--eval-every", "9", "--log-every", "1", "--no-pictures"]
@@ -136,6 +145,12 @@ def test_several_steps_in_a_call(tmp_path):
         for name in {"loss", "grad_norm", "eval/loss"} & set(single):
             assert several[name] == pytest.approx(single[name], rel=1e-4)
     assert [row["step"] for row in rows[4] if "eval/loss" in row] == [9, 18, 22]
+    # Steps 8 and 17 lie before an evaluation within their call, 20 and 21 are the rest.
+    taken = [
+        i for i, fits in calls[6:] if fits
+    ]  # the first six were asked before the run, for a warning
+    assert taken == [0, 4, 12]
+    assert "of the steps are taken" not in capsys.readouterr().err
 
 
 def test_a_record_that_is_gone_is_made_again(tmp_path):

@@ -237,15 +237,18 @@ def make_starters(
 
         return start
 
+    num_steps = options.steps_per_call if options.duel_mode == "train" else 1
+
     def ours(threads: int, suffix: str = "") -> Callable[[], Contender]:
         # Each has a cache of its own, or the second would find what the first has compiled.
         spec = jax_spec | {
             "is_plain": False,
-            "steps_per_call": options.steps_per_call,
+            "steps_per_call": num_steps,
             "cache": str(folder / f"xla-{threads}"),
             "threads": threads,
         }
-        return starter(f"jaxnets, {_plural(threads)}{suffix}", "jax", spec)
+        calls = f", {num_steps} steps a call" if num_steps > 1 else ""
+        return starter(f"jaxnets, {_plural(threads)}{calls}{suffix}", "jax", spec)
 
     # Elsewhere the threads only hand work to the device.
     counts = sorted({1, num_cores()}) if is_cpu else [num_cores()]

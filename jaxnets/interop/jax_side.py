@@ -84,11 +84,13 @@ class JaxSide:
 
             compile_program = partial(strategy.compile_eval, make_predict)
         count = spec["steps_per_call"] if self.is_training else 1
-        self.several, self.stack = None, train.stack
+        self.several: Any = None
+        self.stack = train.stack
+        arrays = strategy.replicate(dict(recipe.train_arrays))  # once for both programs
         with ops.plain() if self.is_plain else contextlib.nullcontext():
-            self.program = compile_program(recipe.train_arrays)
+            self.program = compile_program(arrays)
             if count > 1:
-                programs = {0: compile_program(recipe.train_arrays, num_steps=count)}
+                programs = {0: compile_program(arrays, num_steps=count)}
                 self.several = train.Several(count, programs, lambda step: False)
         self.batches = Batches(recipe.num_examples, recipe.batch_size, ENDLESS, seed=recipe.seed)
         dtypes = {str(x.dtype) for x in jax.tree.leaves(self.state.params)}
@@ -113,16 +115,25 @@ class JaxSide:
             },
         }
 
+    def first(self) -> list[list[float]]:
+        """Make the first call of the program that is timed, and wait for it: each step's values."""
+        if self.several:
+            return [[loss] for loss in np.asarray(self._call(0)).tolist()]
+        return [self.finish(self.run(0, 1))]
+
+    def _call(self, first: int) -> Any:
+        """Dispatch several steps in one call; their losses."""
+        draws = self.stack([self.batches[first + k] for k in range(self.several.num_steps)])
+        self.state, metrics = self.several.programs[0](self.state, draws)
+        return metrics["loss"]
+
     def run(self, first: int, end: int) -> Any:
         """Dispatch these steps; the last loss or logits, perhaps still being computed."""
         out: Any = None
         while first < end:
             if self.several and self.several.fits(first, end):
-                count = self.several.num_steps
-                draws = self.stack([self.batches[first + k] for k in range(count)])
-                self.state, metrics = self.several.programs[0](self.state, draws)
-                out = metrics["loss"][-1]
-                first += count
+                out = self._call(first)[-1]
+                first += self.several.num_steps
                 continue
             out = self.program(self.state, self.batches[first])
             first += 1

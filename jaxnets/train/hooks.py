@@ -160,6 +160,7 @@ class Profile:
     def __init__(self, folder: Path, start: int, num_steps: int):
         self._folder, self._start, self._num_steps = folder, start, num_steps
         self._is_recording = False
+        self._stop: int | None = None  # the step after which recording ends
 
     def __enter__(self) -> "Profile":
         return self
@@ -171,11 +172,14 @@ class Profile:
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Begin or end, with all steps up to this one done."""
-        if self._num_steps and step == self._start:
+        if not metrics.is_last:  # of a call, which is recorded whole
+            return
+        if self._num_steps and self._stop is None and step >= self._start:
             metrics.read()
             jax.profiler.start_trace(str(self._folder))
+            self._stop = step + self._num_steps
             self._is_recording = True
-        elif self._is_recording and step == self._start + self._num_steps:
+        elif self._is_recording and self._stop is not None and step >= self._stop:
             metrics.read()
             self.__exit__()
 
@@ -270,6 +274,8 @@ class ShowProgress:
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Show the step, if there is news or the last showing is old enough."""
+        if not metrics.is_last:  # the steps of a call are done together
+            return
         now = time.perf_counter()
         self._print_evaluations()
         if self._mark is None or self._clock.compile != self._compiled:

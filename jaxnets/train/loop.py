@@ -22,6 +22,7 @@ class StepMetrics:
         index: `[B]`, or `[K, B]`, the examples of the batch, where that is known.
         clock: where waiting for the step is added up.
         place: of this step among the K; None where there is one.
+        is_last: whether it is the last step of its call, so that the state given beside is its own.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class StepMetrics:
         index: Any = None,
         clock: "Clock | None" = None,
         place: int | None = None,
+        is_last: bool = True,
     ):
         self.step = step
+        self.is_last = is_last
         self._clock = clock
         self._values = values
         self._index = index
@@ -54,9 +57,8 @@ class StepMetrics:
     def check(self) -> None:
         """Wait for the step and raise NonFiniteError if it was not applied."""
         start = time.perf_counter()
-        guard = int(
-            np.asarray(self._values.get("guard", -1))[... if self._place is None else self._place]
-        )
+        guard = np.ravel(self._values.get("guard", -1))
+        guard = int(guard[self._place if self._place is not None and guard.size > 1 else 0])
         if self._clock:
             self._clock.wait += time.perf_counter() - start
         if guard < 0:
@@ -91,13 +93,13 @@ class Clock:
     """Where the time of a loop went, in seconds.
 
     Attributes:
-        compile: the first step of each program, nearly all of which is tracing and compilation.
+        compile: the first call of each program, nearly all of which is tracing and compilation.
         data: waiting for batches.
         dispatch: handing steps to the device.
         wait: waiting for steps, in the loop or in a hook that reads their metrics.
         hooks: everything else that hooks did.
         steps: how many steps `data`, `dispatch` and `wait` are about; those first ones aren't.
-        first_step: when the first step was done, in seconds of `time.perf_counter`; None before.
+        first_step: when the first call was done, in seconds of `time.perf_counter`; None before.
     """
 
     compile: float = 0.0
@@ -124,7 +126,8 @@ class Several:
     """Programs that take several steps in one call, for steps that take little longer than the call.
 
     They take the steps from m K to (m + 1) K - 1, for whole m: which program does a step doesn't depend
-    on where the run was stopped before.
+    on where the run was stopped before. It does depend on K, on which steps need the state, and on where
+    the run ends; with other ones the numbers are the same to rounding.
 
     Attributes:
         num_steps: K, at least 2.
@@ -206,8 +209,15 @@ def fit(
             clock.compile += dispatched - start
             clock.first_step = clock.first_step or dispatched
         places = [None] if count == 1 else range(count)
-        done = [StepMetrics(i + k + 1, values, index, clock, place) for k, place in enumerate(places)]
+        done = [
+            StepMetrics(i + k + 1, values, index, clock, place, k + 1 == count)
+            for k, place in enumerate(places)
+        ]
         i += count
+        if not is_new:
+            clock.data += drawn - start
+            clock.dispatch += dispatched - drawn
+            clock.steps += count
         # 3. Read the guard of the step before these: late, so that the device always has work.
         if previous is not None:
             previous.check()
@@ -216,10 +226,6 @@ def fit(
         # 4. Call the hooks.
         reasons = [hook(metrics.step, state, metrics) for metrics in done for hook in hooks]
         stop = next((reason for reason in reasons if reason), None)
-        if not is_new:
-            clock.data += drawn - start
-            clock.dispatch += dispatched - drawn
-            clock.steps += count
         clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
         if stop:
             previous.check()

@@ -99,10 +99,16 @@ def check_report(report):
 @pytest.mark.parity
 def test_from_the_command_line(tmp_path, few, capsys):
     (tmp_path / "config.json").write_text("a training run's\n")
-    assert run_digits(tmp_path) == 0
-    check_report(json.loads((tmp_path / "duel.json").read_text()))
+    assert run_digits(tmp_path, "--steps-per-call", "4") == 0
+    report = json.loads((tmp_path / "duel.json").read_text())
+    check_report(report)
+    assert report["jaxnets"]["best"].endswith("4 steps a call")
+    assert report["jaxnets"]["steps_per_round"] % 4 == 0
+    assert report["plain_jax"]["settings"]["steps_per_call"] == 1
     printed = capsys.readouterr()
-    assert re.search(r"jaxnets, \d threads? / best PyTorch \(eager, 1 thread\): ", printed.out)
+    assert re.search(
+        r"jaxnets, \d threads?, 4 steps a call / best PyTorch \(eager, 1 thread\): ", printed.out
+    )
     assert "plain JAX" in printed.out
     assert "rounds of 3 contenders" in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "duel.json"]

@@ -11,7 +11,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from jaxnets import errors
+from jaxnets import errors, models, registry
 from jaxnets.data import Batches
 from jaxnets.train import (
     Clock,
@@ -21,8 +21,9 @@ from jaxnets.train import (
     fit,
     make_strategy,
     make_train_step,
+    sharding,
 )
-from jaxnets.train.hooks import Evaluate, LogMetrics, ShowProgress, StopOnSignal
+from jaxnets.train.hooks import Evaluate, LogMetrics, Profile, ShowProgress, StopOnSignal
 from jaxnets.train.metrics_log import MetricsLog
 
 DATA = {"x": np.arange(12, dtype=np.float32)}
@@ -207,6 +208,40 @@ def test_a_non_finite_loss_within_a_call_is_named(at):
     with pytest.raises(errors.NonFiniteError, match=f"step {at} was not applied") as error:
         fit(step, start()[1], batches, several=several_of(4))
     assert f"its batch has the examples {shown}" in str(error.value)
+
+
+@pytest.mark.parametrize(("model", "unroll"), [("lenet", 1), ("resnet18", 3)])
+def test_a_convolution_of_xlas_own_does_not_end_up_in_a_loop(model, unroll):
+    init_fn, apply_fn = models.functional(
+        registry.get("model", model)(num_classes=3), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    )
+    params, model_state = jax.eval_shape(init_fn, jax.random.key(0))
+
+    def program(params, model_state, draws):
+        return sharding._in_a_row(
+            lambda carry, draw: (carry, apply_fn(params, model_state, draw["image"], train=False)[0]),
+            (),
+            draws,
+        )
+
+    draws = {"image": jax.ShapeDtypeStruct((3, 2, 16, 16, 3), jnp.float32)}
+    jaxpr = jax.make_jaxpr(program)(params, model_state, draws)
+    (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert (scan.params["length"], scan.params["unroll"]) == (3, unroll)
+
+
+def test_a_call_is_shown_and_recorded_whole(tmp_path):
+    step, state = start()
+    console = Console(file=io.StringIO(), force_terminal=False)
+    evaluation = Evaluate(lambda state: {}, None, lambda step: False)
+    with (
+        ShowProgress(12, 4, evaluation, every_s=0.0, console=console) as show,
+        Profile(tmp_path / "profile", 2, 3) as profile,
+    ):
+        fit(step, state, Batches(12, 4, 48), hooks=[show, profile], several=several_of(4))
+    shown = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    assert shown == ["8/12", "12/12"]  # the first call compiles
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_several_steps_take_jit():
