@@ -25,8 +25,8 @@ check: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 
-# Every reference workload against PyTorch, which is installed for it; about 20 minutes on two cores. Where your pip would take a build for CUDA,
-# install the CPU build of PyTorch into $(VENV) yourself first.
+# Every reference workload against PyTorch, which is installed for it; about 40 minutes on two cores.
+# Where your pip would take a build for CUDA, install the CPU build of PyTorch into $(VENV) yourself first.
 bench: $(VENV)/.ready
 	$(RUN) -c "import torch" 2>/dev/null || $(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m benchmarks.throughput $(ARGS)
