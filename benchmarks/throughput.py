@@ -25,6 +25,7 @@ from jaxnets import errors, registry
 from jaxnets.config import RunOptions, read_words
 from jaxnets.interop.reference import require_torch
 from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,8 @@ def _choose_device(device: str) -> None:
     os.environ["JAX_PLATFORMS"] = platform
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contenders share a GPU
     jax.config.update("jax_platforms", platform)
-    try:
-        found = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:
-        lines = str(error).splitlines() or ["no such platform"]
-        raise errors.ConfigError(f"JAX found no {device}: {lines[0]}") from None
-    if found != device:
+    make_mesh(1)  # which refuses where there is none
+    if (found := jax.default_backend()) != device:
         raise errors.ConfigError(f"JAX computes on the {found} already, not on the {device}")
 
 

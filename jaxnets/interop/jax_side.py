@@ -85,7 +85,6 @@ class JaxSide:
             compile_program = partial(strategy.compile_eval, make_predict)
         count = spec["steps_per_call"] if self.is_training else 1
         self.several: Any = None
-        self.stack = train.stack
         arrays = strategy.replicate(dict(recipe.train_arrays))  # once for both programs
         with ops.plain() if self.is_plain else contextlib.nullcontext():
             self.program = compile_program(arrays)
@@ -123,7 +122,9 @@ class JaxSide:
 
     def _call(self, first: int) -> Any:
         """Dispatch several steps in one call; their losses."""
-        draws = self.stack([self.batches[first + k] for k in range(self.several.num_steps)])
+        from jaxnets.train import stack
+
+        draws = stack([self.batches[first + k] for k in range(self.several.num_steps)])
         self.state, metrics = self.several.programs[0](self.state, draws)
         return metrics["loss"]
 

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnets.ops.convolution import convolve
+from jaxnets.ops.convolution import convolve, reach_of
 from jaxnets.typing import Array
 
 Padding = str | int | tuple[tuple[int, int], tuple[int, int]]
@@ -51,14 +51,14 @@ def conv2d(
         )
     if kernel.shape[3] % groups:
         raise ValueError(f"{kernel.shape[3]} features don't split into {groups} groups")
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True)]
+    reach = reach_of(kernel.shape[:2], dilation)
     if isinstance(padding, str):
         if padding not in ("VALID", "SAME"):
             raise ValueError(f"padding is 'VALID', 'SAME' or pixels, not {padding!r}")
         pads = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
     else:
         pads = [(padding, padding)] * 2 if isinstance(padding, int) else list(padding)
-    if min(sum(map(tuple, pads), ())) < 0:
+    if any(pad < 0 for pair in pads for pad in pair):
         raise ValueError(f"padding is at least 0, not {padding}")
     padded = [n + low + high for n, (low, high) in zip(x.shape[1:3], pads, strict=True)]
     if any(n < k for n, k in zip(padded, reach, strict=True)):

@@ -74,7 +74,7 @@ def convolve(
         return _rows(x[:, :: strides[0], :: strides[1]], kernel)
     if tuple(strides) == window and tuple(dilation) == (1, 1):
         return _rows(_patches(x, window, pads), kernel)
-    reach = _reach(window, dilation)
+    reach = reach_of(window, dilation)
     is_few = tuple(strides) == (1, 1) and x.shape[3] < _FEW
     is_small = all(n < k for n, k in zip(x.shape[1:3], reach, strict=True))
     if is_few and tuple(dilation) == (1, 1):
@@ -85,7 +85,7 @@ def convolve(
     return own(x, kernel)
 
 
-def _reach(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def reach_of(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Pixels from a kernel's first place to its last, both counted."""
     return [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
 
@@ -104,7 +104,7 @@ def _views(
         n + sum(p) for n, p in zip(x.shape, ((0, 0), *pads, (0, 0)), strict=True)
     )
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    reach = _reach(window, dilation)
+    reach = reach_of(window, dilation)
     # From a place's first pixel to its last, both counted.
     span = [(n - r) // s * s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
     return [

@@ -49,7 +49,7 @@ FORMS = {
     "a small image": ((2, 2, 2, 9), (3, 3, 9, 4), {"padding": 1}),
     "one pixel": ((2, 7, 5, 9), (1, 1, 9, 4), {}),
     "one pixel, strided": ((2, 7, 5, 9), (1, 1, 9, 4), {"strides": (2, 3)}),
-    "blocks of the stride": ((2, 9, 11, 3), (5, 5, 3, 6), {"strides": (2, 2), "padding": 2}),
+    "few, strided": ((2, 9, 11, 3), (5, 5, 3, 6), {"strides": (2, 2), "padding": 2}),
     "patches": ((2, 8, 12, 3), (4, 4, 3, 6), {"strides": (4, 4)}),
     "wide": ((2, 9, 11, 9), (3, 3, 9, 4), {"padding": "SAME"}),
     "wide, strided": ((2, 9, 11, 9), (3, 3, 9, 4), {"strides": (2, 2), "padding": 1}),
@@ -127,7 +127,7 @@ def primitives(fun, *args):
 
 
 # XLA's own, or made of it.
-OWN = ("wide", "wide, strided", "blocks of the stride", "groups", "bundles of groups")
+OWN = ("wide", "wide, strided", "few, strided", "groups", "bundles of groups")
 
 
 def test_plain_form_is_a_convolution_and_fast_one_a_product():
