@@ -8,9 +8,12 @@ depends on, and the right matrix is the kernel spread to every place in the tile
 That takes more arithmetic and long rows on both sides, and wins. Autodiff turns it into two more
 such products.
 
+A convolution of more channels goes to oneDNN in float32, where jaxlib has it (`jaxnets.ops.onednn`).
+
 Products are also what becomes of kernels of one pixel, of those that tile the image (the patches of a
 vision transformer), of convolutions of an image that is smaller than the kernel both ways, as 2x2 under
-3x3 at the end of a network, and of all in float64, for which XLA has no convolution library on a CPU.
+3x3 at the end of a network, of a few pixels of one image, and of all in float64, for which XLA has no
+convolution library on a CPU.
 
 Groups are worse still: XLA computes the gradient of their weights a hundred times slower than need
 be. They are cut apart, or where there are many, bundled under a kernel that is zero between them. A
@@ -19,15 +22,18 @@ depthwise convolution is a sum of shifted images, each times one number a channe
 
 from collections.abc import Sequence
 from functools import partial, reduce
+from math import prod
 
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.ops import onednn
 from jaxnets.ops.forms import is_for_cpu
 from jaxnets.typing import Array
 
 # Measured, see docs/performance.md.
 _FEW = 8  # input channels from which XLA's own convolution is faster
+_FEW_PIXELS = 32  # of all outputs together, up to which the kernel is read fastest by a plain product
 _PART_CHANNELS, _MOST_PARTS = 16, 32  # of a grouped convolution's parts: the fewest, and how many
 
 Pads = Sequence[tuple[int, int]]
@@ -79,9 +85,14 @@ def convolve(
     is_small = all(n < k for n, k in zip(x.shape[1:3], reach, strict=True))
     if is_few and tuple(dilation) == (1, 1):
         return convolve_tiles(x, kernel, pads, _tile(window))
-    if is_few or is_small or x.dtype == jnp.float64:
+    sides = zip(x.shape[1:3], pads, reach, strides, strict=True)
+    num_outputs = x.shape[0] * prod((n + sum(p) - r) // s + 1 for n, p, r, s in sides)
+    if is_few or is_small or num_outputs <= _FEW_PIXELS or x.dtype == jnp.float64:
         views = _views(x, window, strides, pads, dilation)
         return _rows(jnp.concatenate(views, axis=-1), kernel)
+    is_for_onednn = tuple(dilation) == (1, 1) and onednn.pays(num_outputs, kernel)
+    if is_for_onednn and onednn.is_known() and onednn.fits(x, kernel, pads):
+        return onednn.convolve(x, kernel, strides, pads)
     return own(x, kernel)
 
 

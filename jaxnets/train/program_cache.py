@@ -107,6 +107,20 @@ def opened(folder: Path | None = None, *, use: bool = True) -> Iterator[Uses]:
         yield uses
 
 
+@contextmanager
+def closed() -> Iterator[None]:
+    """Neither look for programs nor keep them while this is open."""
+    name = "jax_enable_compilation_cache"
+    if not (_option(name) and _option("jax_compilation_cache_dir")):
+        yield
+        return
+    _set({name: False})
+    try:
+        yield
+    finally:
+        _set({name: True})
+
+
 def _prepared(root: Path) -> Path | None:
     """The part of the folder that is this machine's, made and found fit; None if it isn't."""
     try:

@@ -20,8 +20,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnets import defects, errors
+from jaxnets.ops import onednn
 from jaxnets.ops.forms import is_plain, plain
 from jaxnets.ops.partition import activation_rules
+from jaxnets.train import program_cache
 from jaxnets.train.flops import primitives
 from jaxnets.typing import Array, PyTree
 
@@ -206,7 +208,8 @@ class Strategy:
             with plain() if use_plain else contextlib.nullcontext():
                 if num_steps == 1:
                     return _body(state, resident, draw)
-                return _in_a_row(lambda state, draw: _body(state, resident, draw), state, draw)
+                one = lambda state, draw: _body(state, resident, draw)  # noqa: E731
+                return _in_a_row(one, state, draw, self.num_devices)
 
         def _body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
             batch = gather_rows(resident, draw) if has_arrays else draw
@@ -238,9 +241,9 @@ class Strategy:
                 devices=list(self.mesh.devices.flat),
                 donate_argnums=donated,
             )
-            if is_worth_a_look:  # pmap takes no compiler options; jit around it does
-                careful = jax.jit(mapped, donate_argnums=donated, compiler_options=_CAREFUL_CPU_OPTIONS)
-                mapped = _guard(mapped, careful)
+            # pmap takes no compiler options; jit around it does.
+            careful = jax.jit(mapped, donate_argnums=donated, compiler_options=_CAREFUL_CPU_OPTIONS)
+            mapped = _chosen(mapped, careful if is_worth_a_look else None)
 
             def run_mapped(state: PyTree, draw: Mapping[str, Any]):
                 if not isinstance(draw, _Split):
@@ -251,8 +254,8 @@ class Strategy:
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, drawn))
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
-        if is_worth_a_look:
-            jitted = _guard(jitted, compiled(compiler_options=_CAREFUL_CPU_OPTIONS))
+        careful = compiled(compiler_options=_CAREFUL_CPU_OPTIONS)
+        jitted = _chosen(jitted, careful if is_worth_a_look else None)
 
         def run(state: PyTree, draw: Mapping[str, Any]):
             return jitted(state, resident, dict(draw))
@@ -263,30 +266,44 @@ class Strategy:
         return np.reshape(np.asarray(x), (self.num_devices, -1, *np.shape(x)[1:]))
 
 
-def _in_a_row(step: Callable, state: PyTree, draws: PyTree) -> tuple[PyTree, Any]:
+def _in_a_row(step: Callable, state: PyTree, draws: PyTree, num_devices: int) -> tuple[PyTree, Any]:
     """A step for each draw of a stack, one after the other."""
     unroll = 1
     if jax.default_backend() == "cpu":
         # XLA runs a convolution of its own in a loop on a CPU up to 100 times slower than outside of it.
         first = jax.tree.map(lambda x: x[0], draws)
         jaxpr = jax.make_jaxpr(step)(state, first).jaxpr
-        has_convolution = any(name == "conv_general_dilated" for name in primitives(jaxpr))
+        slow = {"conv_general_dilated", onednn.NAME if num_devices > 1 else ""}
+        has_convolution = not slow.isdisjoint(primitives(jaxpr))
         unroll = len(jax.tree.leaves(draws)[0]) if has_convolution else 1
     return jax.lax.scan(step, state, draws, unroll=unroll)
 
 
-def _guard(fast: Any, careful: Any) -> Callable:
-    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly."""
+def _chosen(fast: Any, careful: Any | None) -> Callable:
+    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly.
+
+    Both are compiled without the cache of programs where that could not keep them.
+    """
     chosen: dict[tuple, Any] = {}
 
-    def run(state: PyTree, resident: PyTree, draw: PyTree):
-        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in jax.tree.leaves(draw))
+    def compiled(program: Any, *args: PyTree) -> str | None:
+        # The call finds in JAX's own memory what is traced and compiled here: nothing is done twice.
+        trace = getattr(program, "trace", None)  # which what pmap returns hasn't
+        traced = trace(*args) if trace else jax.make_jaxpr(program)(*args)
+        has_onednn = onednn.NAME in primitives(traced.jaxpr)
+        with program_cache.closed() if has_onednn else contextlib.nullcontext():
+            return program.lower(*args).compile().as_text()
+
+    def run(*args: PyTree):
+        leaves = jax.tree.leaves(args[-1])
+        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
         if shapes not in chosen:
-            # The call finds in JAX's cache what is compiled here, so nothing is compiled twice.
-            program = fast.lower(state, resident, draw).compile().as_text()
-            is_faulty = program is None or defects.faulty_fusions(program, jaxlib.version.__version__)
-            chosen[shapes] = careful if is_faulty else fast
-        return chosen[shapes](state, resident, draw)
+            text = compiled(fast, *args)
+            chosen[shapes] = fast
+            if careful and (not text or defects.faulty_fusions(text, jaxlib.version.__version__)):
+                compiled(careful, *args)
+                chosen[shapes] = careful
+        return chosen[shapes](*args)
 
     return run
 
