@@ -86,7 +86,10 @@ def convolve(
     if is_few and tuple(dilation) == (1, 1):
         return convolve_tiles(x, kernel, pads, _tile(window))
     sides = zip(x.shape[1:3], pads, reach, strides, strict=True)
-    num_outputs = x.shape[0] * prod((n + sum(p) - r) // s + 1 for n, p, r, s in sides)
+    out = [(n + sum(p) - r) // s + 1 for n, p, r, s in sides]
+    if not all(isinstance(n, int) for n in (*x.shape, *out)) or min(out) < 1:
+        return own(x, kernel)  # an export for any batch, or nothing is left
+    num_outputs = x.shape[0] * prod(out)
     if is_few or is_small or num_outputs <= _FEW_PIXELS or x.dtype == jnp.float64:
         views = _views(x, window, strides, pads, dilation)
         return _rows(jnp.concatenate(views, axis=-1), kernel)

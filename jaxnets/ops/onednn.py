@@ -14,18 +14,20 @@ both are forward convolutions here:
 
 The three are one trilinear form, each the transpose of the others, and one JAX primitive: jvp, vmap,
 scan, remat and gradients of any order follow from that. A program over several devices that XLA
-partitions itself, one that another platform compiles, and one that JAX's persistent cache would keep
-(XLA can't write this call down) get `jax.lax`'s convolution instead, when they are lowered.
+partitions itself, one for another platform, and one that is exported or that JAX's persistent cache
+might keep (XLA can't write this call down) get `jax.lax`'s convolution when they are lowered.
 
 The call isn't a public interface of XLA. What it means has changed before, and a call that oneDNN
 doesn't understand ends the process; so it is made only under releases of jaxlib on which it was tried.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import gcd, prod
 from typing import Any
@@ -33,8 +35,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jaxlib.version import __version__ as jaxlib_version
 
 from jaxnets.typing import Array
@@ -47,6 +50,7 @@ NAME = "onednn_convolution"
 # Measured, see docs/performance.md.
 _LEAST_WORK = 2**22  # multiplications for which a call, and a program that isn't kept, pay
 _FOLDED_CHANNELS = 64  # of the image in the gradient of the kernel, for each part of its channels
+_MOST_PLACES = 49  # of a kernel that is turned around place by place
 _SHORT, _IN_A_ROW = 6, 16  # rows of how many pixels are short, and of how many images they are joined
 _CHUNK, _LEAST_PIXELS = 16, 36  # images that it takes at once, and for outputs of how many pixels
 
@@ -100,20 +104,23 @@ def fits(x: Array, kernel: Array, pads: Sequence[tuple[int, int]]) -> bool:
         kernel: `[height, width, C, O]`.
         pads: zeros below and above in H and in W, in pixels.
     """
-    is_small = all(p < k for pair, k in zip(pads, kernel.shape, strict=False) for p in pair)
-    types = [jax.typeof(x), jax.typeof(kernel)]
-    is_spread = any(
-        any(a is not None for a in t.sharding.spec) or getattr(t, "vma", None) for t in types
-    )
+    is_rank_4 = x.ndim == kernel.ndim == 4 and x.shape[3] == kernel.shape[2] > 1
+    is_small = all(0 <= p < k for pair, k in zip(pads, kernel.shape, strict=False) for p in pair)
     is_float32 = x.dtype == kernel.dtype == jnp.float32
-    is_some = 0 not in (*x.shape, *kernel.shape) and x.shape[3] > 1
-    return is_float32 and is_small and not is_spread and is_some
+    is_spread = _is_spread(x) or _is_spread(kernel)
+    return is_rank_4 and is_small and is_float32 and not is_spread and 0 not in (*x.shape, *kernel.shape)
+
+
+def _is_spread(x: Array) -> bool:
+    """Whether the array's type says how it lies over devices, which the primitive's rules don't know."""
+    kind = jax.typeof(x)
+    return any(axis is not None for axis in kind.sharding.spec) or not kind.manual_axis_type.empty
 
 
 def convolve(
     x: Array, kernel: Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
 ) -> Array:
-    """Cross-correlate images with a kernel; what `fits` says must hold.
+    """Cross-correlate images with a kernel.
 
     Args:
         x: `[B, H, W, C]`.
@@ -123,14 +130,20 @@ def convolve(
 
     Returns:
         `[B, H', W', O]`.
+
+    Raises:
+        ValueError: if they aren't what `fits` asks for, or the output would be empty.
     """
-    low, high = ((int(a), int(b)) for a, b in pads)
-    geometry = Geometry(x.shape[1:3], kernel.shape[:2], tuple(strides), (low, high))
+    (top, bottom), (left, right) = ((int(a), int(b)) for a, b in pads)
+    pads = ((top, bottom), (left, right))
+    geometry = Geometry(x.shape[1:3], kernel.shape[:2], tuple(strides), pads)
+    if not fits(x, kernel, pads) or min(strides) < 1 or min(geometry.out) < 1:
+        raise ValueError(f"oneDNN doesn't take {x.shape} and {kernel.shape}, {strides}, {pads}")
     return _conv_p.bind(x, kernel, gives="output", geometry=geometry)
 
 
 _conv_p = Primitive(NAME)
-_conv_p.def_impl(lambda *a, **kw: jax.jit(partial(_conv_p.bind, **kw))(*a))
+_conv_p.def_impl(partial(xla.apply_primitive, _conv_p))
 
 # What is computed of (image, kernel, output): from the other two, in that order.
 _FROM = {
@@ -166,8 +179,10 @@ ad.defbilinear(_conv_p, partial(_transpose, 0), partial(_transpose, 1))
 def _batch(
     arrays: Sequence[Array], axes: Sequence[int | None], *, gives: str, geometry: Geometry
 ) -> tuple[Array, int]:
-    if gives != "kernel" and axes[1] is None:  # more images under one kernel
-        x = jnp.moveaxis(arrays[0], axes[0] or 0, 0)
+    x_axis, kernel_axis = axes
+    is_of_images = gives != "kernel" and x_axis is not None and kernel_axis is None
+    if is_of_images and not _is_spread(arrays[0]):  # more of them under one kernel
+        x = jnp.moveaxis(arrays[0], x_axis, 0)
         y = _conv_p.bind(x.reshape(-1, *x.shape[2:]), arrays[1], gives=gives, geometry=geometry)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
     mapped = jax.vmap(partial(_by_lax, gives=gives, geometry=geometry), tuple(axes))
@@ -194,9 +209,11 @@ def _by_lax(a: Array, b: Array, *, gives: str, geometry: Geometry) -> Array:
 
 
 def _by_onednn(a: Array, b: Array, *, gives: str, geometry: Geometry) -> Array:
+    if 0 in (*a.shape, *b.shape):  # of a vmap over nothing
+        return jnp.zeros(_shape(a.shape, b.shape, gives, geometry), a.dtype)
     if gives == "output":
         if geometry.strides == (1, 1):
-            return _narrow(a, b, "HWIO", geometry.pads)
+            return _unstrided(a, b, "HWIO", geometry.pads)
         return _call(a, b, "HWIO", geometry.pads, geometry.strides)
     if gives == "image":
         return _image(a, b, geometry)
@@ -235,15 +252,15 @@ def _image(y: Array, kernel: Array, geometry: Geometry) -> Array:
             if 0 in places.shape:
                 phases.append(jnp.zeros((y.shape[0], *counts, kernel.shape[2]), y.dtype))
                 continue
+            # Zeros before the first step, -1 for a step that nothing depends on; and after the last.
             begins = [k - 1 - first for k, first in zip(places.shape, firsts, strict=False)]
             ends = [f + c - n for f, c, n in zip(firsts, counts, y.shape[1:3], strict=True)]
-            cuts = [
-                slice(max(-begin, 0), n + min(end, 0))
-                for n, begin, end in zip(y.shape[1:3], begins, ends, strict=True)
-            ]
-            pads = [(max(b, 0), max(e, 0)) for b, e in zip(begins, ends, strict=True)]
-            part = y[:, cuts[0], cuts[1]]
-            phases.append(_narrow(part, _turned(places), "HWOI", pads))
+            part = y[:, max(-begins[0], 0) :, max(-begins[1], 0) :]
+            if 0 in part.shape:
+                phases.append(jnp.zeros((y.shape[0], *counts, kernel.shape[2]), y.dtype))
+                continue
+            pads = [(max(begin, 0), end) for begin, end in zip(begins, ends, strict=True)]
+            phases.append(_unstrided(part, _turned(places), "HWOI", pads))
     x = phases[0]
     if len(phases) > 1:
         batch, height, width, channels = x.shape
@@ -257,6 +274,8 @@ def _image(y: Array, kernel: Array, geometry: Geometry) -> Array:
 def _turned(kernel: Array) -> Array:
     """The kernel, its places in the reverse order; XLA's own reversal goes number by number."""
     flat = kernel.reshape(-1, *kernel.shape[2:])
+    if flat.shape[0] > _MOST_PLACES:
+        return kernel[::-1, ::-1]
     places = [flat[i : i + 1] for i in reversed(range(flat.shape[0]))]
     return jnp.concatenate(places).reshape(kernel.shape)
 
@@ -271,25 +290,25 @@ def _kernel(x: Array, y: Array, geometry: Geometry) -> Array:
     ends = [(n - 1) * s + k - size - low for size, k, n, s, (low, _) in sides]
     x = x[:, : x.shape[1] + min(ends[0], 0), : x.shape[2] + min(ends[1], 0)]
     batch, *size, channels = x.shape
-    parts = max(1, channels // _FOLDED_CHANNELS)
-    parts = 2 if parts == 1 and channels >= _FOLDED_CHANNELS else parts
+    parts = channels // _FOLDED_CHANNELS
+    parts = max(parts, 1 if channels < _FOLDED_CHANNELS else 2)  # for two threads, of which H has 3 rows
     while channels % parts:
         parts -= 1
     each = channels // parts
     x = x.reshape(batch, *size, parts, each).transpose(3, 1, 2, 4, 0)
-    low, high = ((low, max(end, 0)) for (low, _), end in zip(geometry.pads, ends, strict=True))
+    rows, columns = ((low, max(end, 0)) for (low, _), end in zip(geometry.pads, ends, strict=True))
     folded = _call(
         x.reshape(parts, size[0], size[1] * each, batch),
         y,
         "IHWO",
-        (low, (high[0] * each, high[1] * each)),
+        (rows, (columns[0] * each, columns[1] * each)),
         dilation=(geometry.strides[0], geometry.strides[1] * each),
     )
     folded = folded.reshape(parts, height, width, each, features)
     return folded.transpose(1, 2, 0, 3, 4).reshape(height, width, channels, features)
 
 
-def _narrow(x: Array, kernel: Array, axes: str, pads: Sequence[tuple[int, int]]) -> Array:
+def _unstrided(x: Array, kernel: Array, axes: str, pads: Sequence[tuple[int, int]]) -> Array:
     """`_call` without strides; where rows are short, of several images that lie in one another's rows.
 
     oneDNN multiplies a row of the output at once, which is slow for rows of a few pixels.
@@ -355,15 +374,46 @@ def _is_partitioned(axis_context: Any) -> bool:
     return getattr(axis_context, "num_devices", None) != 1
 
 
-def _is_kept() -> bool:
-    """Whether JAX would write the compiled program to its persistent cache."""
-    return bool(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)
+@contextlib.contextmanager
+def unkept() -> Iterator[None]:
+    """While this is open, what is lowered in this thread is for a program that no cache will keep."""
+    token = _unkept.set(True)
+    try:
+        yield
+    finally:
+        _unkept.reset(token)
+
+
+_unkept: contextvars.ContextVar[bool] = contextvars.ContextVar("unkept", default=False)
+_has_called_freely = False
+
+
+def forget() -> None:
+    """Drop what JAX has in memory if it has this call: a cache is about to be opened."""
+    global _has_called_freely
+    if _has_called_freely:
+        jax.clear_caches()
+        _has_called_freely = False
+
+
+def _may_be_kept() -> bool:
+    """Whether JAX might write the program to its persistent cache once it is compiled."""
+    global _has_called_freely
+    if _unkept.get():
+        return False
+    if jax.config.jax_compilation_cache_dir is not None:
+        return True
+    compilation_cache.reset_cache()  # one of before, which JAX would go on to use
+    _has_called_freely = True
+    return False
 
 
 def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *arrays: Any, **params: Any) -> Any:
-    by_lax = not is_known() or _is_kept() or _is_partitioned(ctx.module_context.axis_context)
-    lowered = mlir.lower_fun(_by_lax if by_lax else _by_onednn, multiple_results=False)
-    return lowered(ctx, *arrays, **params)
+    module = ctx.module_context
+    is_for_lax = not is_known() or _is_partitioned(module.axis_context)
+    if is_for_lax or module.lowering_parameters.for_export or _may_be_kept():
+        return mlir.lower_fun(_by_lax, multiple_results=False)(ctx, *arrays, **params)
+    return mlir.lower_fun(_by_onednn, multiple_results=False)(ctx, *arrays, **params)
 
 
 mlir.register_lowering(_conv_p, _lower_for_cpu, platform="cpu")

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jaxlib.version import __version__ as jaxlib_version
 
+from jaxnets.ops import onednn
+
 FOLDER = "~/.cache/jaxnets/xla"
+_lock = threading.RLock()
 MAX_BYTES = 2**30  # of all entries in a folder, before a run
 _ENTRY = re.compile(r".+-[0-9a-f]{64}-cache")
 _TROUBLE = re.compile(
@@ -96,6 +100,8 @@ def opened(folder: Path | None = None, *, use: bool = True) -> Iterator[Uses]:
 
     before = {name: _option(name) for name in changes}
     with contextlib.ExitStack() as stack:
+        if used:
+            onednn.forget()
         if changes:
             _set(changes)
             stack.callback(_set, before)
@@ -109,16 +115,15 @@ def opened(folder: Path | None = None, *, use: bool = True) -> Iterator[Uses]:
 
 @contextmanager
 def closed() -> Iterator[None]:
-    """Neither look for programs nor keep them while this is open."""
+    """Neither look for programs nor keep them while this is open; one thread at a time has it open."""
     name = "jax_enable_compilation_cache"
-    if not (_option(name) and _option("jax_compilation_cache_dir")):
-        yield
-        return
-    _set({name: False})
-    try:
-        yield
-    finally:
-        _set({name: True})
+    with _lock, onednn.unkept():
+        before = _option(name)
+        _set({name: False})
+        try:
+            yield
+        finally:
+            _set({name: before})
 
 
 def _prepared(root: Path) -> Path | None:
@@ -222,6 +227,7 @@ def _option(name: str) -> Any:
 
 
 def _set(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX looks at its options once
+    with _lock:  # not while another thread has the cache closed
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX looks at its options once

@@ -207,11 +207,11 @@ class Strategy:
         def body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
             with plain() if use_plain else contextlib.nullcontext():
                 if num_steps == 1:
-                    return _body(state, resident, draw)
-                one = lambda state, draw: _body(state, resident, draw)  # noqa: E731
+                    return _body(state, draw, resident=resident)
+                one = partial(_body, resident=resident)
                 return _in_a_row(one, state, draw, self.num_devices)
 
-        def _body(state: PyTree, resident: Mapping[str, Array], draw: Mapping[str, Array]):
+        def _body(state: PyTree, draw: Mapping[str, Array], *, resident: Mapping[str, Array]):
             batch = gather_rows(resident, draw) if has_arrays else draw
             if is_pmap:
                 return step(state, batch)
@@ -231,6 +231,7 @@ class Strategy:
                     return body(state, resident, jax.tree.map(jnp.asarray, dict(draw)))
 
             return run_eagerly
+        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         is_worth_a_look = self.is_guarded and defects.has_faulty_fusions(jaxlib.version.__version__)
         if is_pmap:
             mapped: Any = jax.pmap(
@@ -243,7 +244,8 @@ class Strategy:
             )
             # pmap takes no compiler options; jit around it does.
             careful = jax.jit(mapped, donate_argnums=donated, compiler_options=_CAREFUL_CPU_OPTIONS)
-            mapped = _chosen(mapped, careful if is_worth_a_look else None)
+            if is_cpu:
+                mapped = _chosen(mapped, careful if is_worth_a_look else None)
 
             def run_mapped(state: PyTree, draw: Mapping[str, Any]):
                 if not isinstance(draw, _Split):
@@ -251,11 +253,11 @@ class Strategy:
                 return mapped(state, resident, dict(draw))
 
             return run_mapped
-        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, drawn))
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         careful = compiled(compiler_options=_CAREFUL_CPU_OPTIONS)
-        jitted = _chosen(jitted, careful if is_worth_a_look else None)
+        if is_cpu:
+            jitted = _chosen(jitted, careful if is_worth_a_look else None)
 
         def run(state: PyTree, draw: Mapping[str, Any]):
             return jitted(state, resident, dict(draw))
@@ -273,35 +275,38 @@ def _in_a_row(step: Callable, state: PyTree, draws: PyTree, num_devices: int) ->
         # XLA runs a convolution of its own in a loop on a CPU up to 100 times slower than outside of it.
         first = jax.tree.map(lambda x: x[0], draws)
         jaxpr = jax.make_jaxpr(step)(state, first).jaxpr
-        slow = {"conv_general_dilated", onednn.NAME if num_devices > 1 else ""}
+        slow = {"conv_general_dilated"} | ({onednn.NAME} if num_devices > 1 else set())
         has_convolution = not slow.isdisjoint(primitives(jaxpr))
         unroll = len(jax.tree.leaves(draws)[0]) if has_convolution else 1
     return jax.lax.scan(step, state, draws, unroll=unroll)
 
 
-def _chosen(fast: Any, careful: Any | None) -> Callable:
-    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly.
+def _compiled_apart(program: Any, *args: PyTree) -> Any:
+    """Compile a program where the next call finds it in JAX's memory.
 
-    Both are compiled without the cache of programs where that could not keep them.
+    One that the cache of programs could not keep is compiled with the cache closed.
     """
-    chosen: dict[tuple, Any] = {}
+    trace = getattr(program, "trace", None)  # which what pmap returns hasn't
+    traced = trace(*args) if trace else jax.make_jaxpr(program)(*args)
+    is_unkept = onednn.NAME in primitives(traced.jaxpr)
+    with program_cache.closed() if is_unkept else contextlib.nullcontext():
+        lowered = traced.lower() if trace else program.lower(*args)
+        return lowered.compile()
 
-    def compiled(program: Any, *args: PyTree) -> str | None:
-        # The call finds in JAX's own memory what is traced and compiled here: nothing is done twice.
-        trace = getattr(program, "trace", None)  # which what pmap returns hasn't
-        traced = trace(*args) if trace else jax.make_jaxpr(program)(*args)
-        has_onednn = onednn.NAME in primitives(traced.jaxpr)
-        with program_cache.closed() if has_onednn else contextlib.nullcontext():
-            return program.lower(*args).compile().as_text()
+
+def _chosen(fast: Any, careful: Any | None) -> Callable:
+    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly."""
+    chosen: dict[tuple, Any] = {}
 
     def run(*args: PyTree):
         leaves = jax.tree.leaves(args[-1])
         shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
         if shapes not in chosen:
-            text = compiled(fast, *args)
+            compiled = _compiled_apart(fast, *args)
             chosen[shapes] = fast
+            text = compiled.as_text() if careful else ""
             if careful and (not text or defects.faulty_fusions(text, jaxlib.version.__version__)):
-                compiled(careful, *args)
+                _compiled_apart(careful, *args)
                 chosen[shapes] = careful
         return chosen[shapes](*args)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jaxnets import errors, models, registry
 from jaxnets.data import Batches
+from jaxnets.ops import onednn
 from jaxnets.train import (
     Clock,
     Several,
@@ -210,8 +211,11 @@ def test_a_non_finite_loss_within_a_call_is_named(at):
     assert f"its batch has the examples {shown}" in str(error.value)
 
 
-@pytest.mark.parametrize(("model", "unroll"), [("lenet", 1), ("resnet18", 3)])
-def test_a_convolution_of_xlas_own_does_not_end_up_in_a_loop(model, unroll):
+@pytest.mark.parametrize(
+    ("model", "num_devices", "unroll"),
+    [("lenet", 1, 1), ("resnet18", 1, 1 if onednn.is_known() else 3), ("resnet18", 2, 3)],
+)
+def test_a_convolution_of_xlas_own_does_not_end_up_in_a_loop(model, num_devices, unroll):
     init_fn, apply_fn = models.functional(
         registry.get("model", model)(num_classes=3), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     )
@@ -222,9 +226,10 @@ def test_a_convolution_of_xlas_own_does_not_end_up_in_a_loop(model, unroll):
             lambda carry, draw: (carry, apply_fn(params, model_state, draw["image"], train=False)[0]),
             (),
             draws,
+            num_devices,
         )
 
-    draws = {"image": jax.ShapeDtypeStruct((3, 2, 16, 16, 3), jnp.float32)}
+    draws = {"image": jax.ShapeDtypeStruct((3, 4, 16, 16, 3), jnp.float32)}
     jaxpr = jax.make_jaxpr(program)(params, model_state, draws)
     (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert (scan.params["length"], scan.params["unroll"]) == (3, unroll)
