@@ -257,7 +257,8 @@ class Strategy:
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         careful = compiled(compiler_options=_CAREFUL_CPU_OPTIONS)
         if is_cpu:
-            jitted = _chosen(jitted, careful if is_worth_a_look else None)
+            is_whole = self.num_devices == 1
+            jitted = _chosen(jitted, careful if is_worth_a_look else None, is_whole=is_whole)
 
         def run(state: PyTree, draw: Mapping[str, Any]):
             return jitted(state, resident, dict(draw))
@@ -281,20 +282,21 @@ def _in_a_row(step: Callable, state: PyTree, draws: PyTree, num_devices: int) ->
     return jax.lax.scan(step, state, draws, unroll=unroll)
 
 
-def _compiled_apart(program: Any, *args: PyTree) -> Any:
+def _compiled_apart(program: Any, *args: PyTree, is_whole: bool) -> Any:
     """Compile a program where the next call finds it in JAX's memory.
 
-    One that the cache of programs could not keep is compiled with the cache closed.
+    One that the cache of programs could not keep is compiled with the cache closed. Such a one isn't cut
+    into parts for several devices by XLA.
     """
     trace = getattr(program, "trace", None)  # which what pmap returns hasn't
     traced = trace(*args) if trace else jax.make_jaxpr(program)(*args)
-    is_unkept = onednn.NAME in primitives(traced.jaxpr)
+    is_unkept = is_whole and onednn.NAME in primitives(traced.jaxpr)
     with program_cache.closed() if is_unkept else contextlib.nullcontext():
         lowered = traced.lower() if trace else program.lower(*args)
         return lowered.compile()
 
 
-def _chosen(fast: Any, careful: Any | None) -> Callable:
+def _chosen(fast: Any, careful: Any | None, *, is_whole: bool = True) -> Callable:
     """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly."""
     chosen: dict[tuple, Any] = {}
 
@@ -302,11 +304,11 @@ def _chosen(fast: Any, careful: Any | None) -> Callable:
         leaves = jax.tree.leaves(args[-1])
         shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
         if shapes not in chosen:
-            compiled = _compiled_apart(fast, *args)
+            compiled = _compiled_apart(fast, *args, is_whole=is_whole)
             chosen[shapes] = fast
             text = compiled.as_text() if careful else ""
             if careful and (not text or defects.faulty_fusions(text, jaxlib.version.__version__)):
-                _compiled_apart(careful, *args)
+                _compiled_apart(careful, *args, is_whole=is_whole)
                 chosen[shapes] = careful
         return chosen[shapes](*args)
 

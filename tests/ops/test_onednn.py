@@ -366,6 +366,17 @@ def test_a_strategy_compiles_with_the_cache_closed(tmp_path, monkeypatch, num_st
     assert_near(metrics["loss"], expected_metrics["loss"])
 
 
+def test_a_program_over_several_devices_is_kept(tmp_path):
+    x, kernel = draw_arrays(6, *WIDE)
+    strategy = train.make_strategy("jit", num_devices=4)
+    with program_cache.opened(tmp_path):
+        step = strategy.compile_step(make_step)
+        state = strategy.replicate(np.array(kernel))
+        before = kept(tmp_path)
+        jax.block_until_ready(step(state, {"x": x}))
+        assert len(kept(tmp_path)) > len(before)
+
+
 def test_a_program_of_before_does_not_reach_a_cache(tmp_path):
     x, kernel = draw_arrays(6, *WIDE)
     conv = jax.jit(lambda *a: layers.conv2d(*a, padding=1))
