@@ -5,7 +5,7 @@
 The tutorial that this library comes from trains LeNet at batch 4 for two epochs and claims 85 %. Two
 cores of an AMD EPYC (Zen 5) train it in 29.5 s and reach 54.65 % (98 of the 60,000 images
 substituted). `--preset two-epochs` makes the claim true, with a network and a recipe of our own:
-89.4 %, the mean of three seeds, in about 254 s of training on two cores of an Intel Xeon.
+89.4 %, the mean of three seeds, in 203 to 261 s of training on two cores of an Intel Xeon.
 `--preset ninety-four` reaches 94.2 % in 12 epochs, 1,897 s there.
 """
 
