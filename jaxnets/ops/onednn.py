@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
@@ -136,7 +137,8 @@ def convolve(
     """
     (top, bottom), (left, right) = ((int(a), int(b)) for a, b in pads)
     pads = ((top, bottom), (left, right))
-    geometry = Geometry(x.shape[1:3], kernel.shape[:2], tuple(strides), pads)
+    image, window = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
+    geometry = Geometry(image, window, (strides[0], strides[1]), pads)
     if not fits(x, kernel, pads) or min(strides) < 1 or min(geometry.out) < 1:
         raise ValueError(f"oneDNN doesn't take {x.shape} and {kernel.shape}, {strides}, {pads}")
     return _conv_p.bind(x, kernel, gives="output", geometry=geometry)
@@ -163,7 +165,7 @@ def _shape(a: Sequence[int], b: Sequence[int], gives: str, geometry: Geometry) -
 
 @_conv_p.def_abstract_eval
 def _abstract(a: Any, b: Any, *, gives: str, geometry: Geometry) -> Any:
-    return jax.core.ShapedArray(_shape(a.shape, b.shape, gives, geometry), a.dtype)
+    return ShapedArray(_shape(a.shape, b.shape, gives, geometry), a.dtype)
 
 
 def _transpose(place: int, cotangent: Array, *arrays: Any, gives: str, geometry: Geometry) -> Array:
@@ -180,8 +182,8 @@ def _batch(
     arrays: Sequence[Array], axes: Sequence[int | None], *, gives: str, geometry: Geometry
 ) -> tuple[Array, int]:
     x_axis, kernel_axis = axes
-    is_of_images = gives != "kernel" and x_axis is not None and kernel_axis is None
-    if is_of_images and not _is_spread(arrays[0]):  # more of them under one kernel
+    is_of_images = gives != "kernel" and kernel_axis is None
+    if is_of_images and x_axis is not None and not _is_spread(arrays[0]):  # more under one kernel
         x = jnp.moveaxis(arrays[0], x_axis, 0)
         y = _conv_p.bind(x.reshape(-1, *x.shape[2:]), arrays[1], gives=gives, geometry=geometry)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
@@ -401,7 +403,7 @@ def _may_be_kept() -> bool:
     global _has_called_freely
     if _unkept.get():
         return False
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir") is not None:  # noqa: B009
         return True
     compilation_cache.reset_cache()  # one of before, which JAX would go on to use
     _has_called_freely = True

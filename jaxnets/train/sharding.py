@@ -289,7 +289,7 @@ def _compiled_apart(program: Any, *args: PyTree, is_whole: bool) -> Any:
     into parts for several devices by XLA.
     """
     trace = getattr(program, "trace", None)  # which what pmap returns hasn't
-    traced = trace(*args) if trace else jax.make_jaxpr(program)(*args)
+    traced: Any = trace(*args) if trace else jax.make_jaxpr(program)(*args)
     is_unkept = is_whole and onednn.NAME in primitives(traced.jaxpr)
     with program_cache.closed() if is_unkept else contextlib.nullcontext():
         lowered = traced.lower() if trace else program.lower(*args)
