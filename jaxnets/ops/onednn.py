@@ -48,10 +48,11 @@ TRIED = ("0.10.2", "0.11.0", "0.11.1", "0.11.2", "0.12.0", "0.12.0.1")
 
 NAME = "onednn_convolution"
 
-# Measured, see docs/performance.md.
-_LEAST_WORK = 2**22  # multiplications for which a call, and a program that isn't kept, pay
-_FOLDED_CHANNELS = 64  # of the image in the gradient of the kernel, for each part of its channels
+# Chosen, not measured.
+_LEAST_WORK = 2**22  # multiplications for which a call, and a program that isn't kept, should pay
 _MOST_PLACES = 49  # of a kernel that is turned around place by place
+# Measured, see docs/performance.md.
+_FOLDED_CHANNELS = 64  # of the image in the gradient of the kernel, for each part of its channels
 _SHORT, _IN_A_ROW = 6, 16  # rows of how many pixels are short, and of how many images they are joined
 _CHUNK, _LEAST_PIXELS = 16, 36  # images that it takes at once, and for outputs of how many pixels
 
