@@ -24,6 +24,10 @@ class NonFiniteError(UserError):
     """The loss or a gradient was NaN or infinite; nothing of that step was applied."""
 
 
+class HostError(UserError):
+    """Another process of the run is gone, or doesn't answer."""
+
+
 class ParityError(UserError):
     """Two implementations that should compute the same thing do not."""
 

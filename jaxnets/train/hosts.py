@@ -1,0 +1,215 @@
+"""The processes of a run on several hosts: who is there, and what they tell one another.
+
+Only small texts and barriers go this way, through the key-value service of JAX's coordinator: no device
+takes part, so any thread may do it while devices compute. With one process everything here is trivial.
+"""
+
+import collections
+import itertools
+import json
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed  # the service's client has no public name; Orbax takes it from here too
+
+from jaxnets import errors
+
+TIMEOUT_S = 300.0
+
+_counters: dict[str, "itertools.count[int]"] = collections.defaultdict(itertools.count)
+_lock = threading.Lock()
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return distributed.global_state.num_processes if is_joined() else 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return distributed.global_state.process_id if is_joined() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes logs and reports."""
+    return index() == 0
+
+
+def is_joined() -> bool:
+    """Whether `jax.distributed` was initialised here."""
+    return distributed.global_state.client is not None
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    heartbeat_s: float = 100.0,
+) -> None:
+    """Meet the other processes of the run; before JAX has looked for devices.
+
+    Args:
+        coordinator: HOST:PORT of process 0. With it the other two are needed; without any of the three
+            the cluster is asked: Cloud TPU, SLURM, Open MPI, or Kubernetes.
+        num_processes: of the run.
+        process_id: of this one, from 0.
+        timeout_s: how long to wait for the others.
+        heartbeat_s: how long a process may be silent before the others take it for dead and end.
+
+    Raises:
+        ConfigError: if the three don't go together, no cluster is found, or not all processes come.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(x is not None for x in given) and None in given:
+        raise errors.ConfigError(
+            "--coordinator, --num-processes and --process-id go together: give all three, or none where "
+            "the cluster says them (Cloud TPU, SLURM, Open MPI, Kubernetes)"
+        )
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise errors.ConfigError(
+            f"process {process_id} of {num_processes}: processes count from 0 to {num_processes - 1}"
+        )
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise errors.ConfigError(f"the coordinator is HOST:PORT, not {coordinator}")
+    where = {} if coordinator is None else {"cluster_detection_method": "deactivate"}
+    who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+    place = "the cluster's coordinator" if coordinator is None else f"the coordinator {coordinator}"
+
+    def give_up() -> None:  # JAX's own limit ends the process by a signal, with a page of C++
+        line = f"{who} waited {timeout_s:g} s at {place}, and not all of the others came"
+        os.write(2, f"error: {line}\n".encode())
+        os._exit(2)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        distributed.global_state.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=round(timeout_s) + 60,
+            heartbeat_timeout_seconds=max(1, round(heartbeat_s)),
+            # All interfaces would let anyone on the network join.
+            coordinator_bind_address=coordinator if process_id == 0 else None,
+            **where,
+        )
+    except Exception as error:
+        distributed.global_state.client = None
+        raise errors.ConfigError(f"{who} could not join {place}: {_first_line(error)}") from error
+    finally:
+        timer.cancel()
+
+
+def barrier(name: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until every process has come to this barrier; they must all come to the same ones.
+
+    Args:
+        name: of the barrier; the same name may be used again and again, by one thread at a time.
+        timeout_s: how long.
+
+    Raises:
+        HostError: if not all come in that time.
+    """
+    if count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(_numbered(f"barrier/{name}"), round(timeout_s * 1000))
+    except Exception as error:
+        raise _lost(
+            f"not all {count()} processes came to {name!r} within {timeout_s:g} s", error
+        ) from error
+
+
+def gather(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """Every process's value, in their order, on every process.
+
+    Args:
+        name: of the exchange; it may be used again and again, in the same order on every process.
+        value: what JSON can hold.
+        timeout_s: how long to wait for the others.
+
+    Raises:
+        HostError: if not all give one in that time.
+    """
+    if count() == 1:
+        return [json.loads(json.dumps(value))]
+    key = _numbered(f"gather/{name}")
+    client = _client()
+    client.key_value_set(f"{key}/{index()}", json.dumps(value))
+    found = []
+    for i in range(count()):
+        try:
+            found.append(client.blocking_key_value_get(f"{key}/{i}", round(timeout_s * 1000)))
+        except Exception as error:
+            what = f"process {i} of {count()} said nothing of {name!r} within {timeout_s:g} s"
+            raise _lost(what, error) from error
+    return [json.loads(text) for text in found]
+
+
+def broadcast(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> Any:
+    """The first process's value on every process; the value of the others isn't looked at."""
+    if count() == 1:
+        return json.loads(json.dumps(value))
+    key = _numbered(f"broadcast/{name}")
+    if is_first():
+        _client().key_value_set(key, json.dumps(value))
+    try:
+        return json.loads(_client().blocking_key_value_get(key, round(timeout_s * 1000)))
+    except Exception as error:
+        raise _lost(
+            f"the first process said nothing of {name!r} within {timeout_s:g} s", error
+        ) from error
+
+
+def agree(name: str, values: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> None:
+    """Make sure that all processes have the same values.
+
+    Raises:
+        ConfigError: on every process, naming what differs and on which.
+    """
+    everyone = gather(name, dict(values), timeout_s=timeout_s)
+    first = everyone[0]
+    for i, other in enumerate(everyone[1:], start=1):
+        names = sorted(key for key in {**first, **other} if first.get(key) != other.get(key))
+        if names:
+            shown = ", ".join(
+                f"{key} {_short(first.get(key))} -> {_short(other.get(key))}" for key in names[:5]
+            )
+            raise errors.ConfigError(
+                f"process {i} differs from process 0 in its {name}: {shown}"
+                f"{f', and {len(names) - 5} more' if len(names) > 5 else ''}; "
+                "every host must run the same"
+            )
+
+
+def local_addressable(array: jax.Array) -> Any:
+    """A NumPy copy of a replicated array, which every process has whole."""
+    return jax.device_get(array.addressable_data(0))
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _numbered(name: str) -> str:
+    with _lock:
+        return f"jaxnets/{name}/{next(_counters[name])}"
+
+
+def _lost(what: str, error: Exception) -> errors.HostError:
+    return errors.HostError(f"{what}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
