@@ -35,7 +35,7 @@ from jaxnets.config import read_words
 from jaxnets.data import Batches
 from jaxnets.defects import YNN_OPTION
 from jaxnets.interop.duel_report import processor
-from jaxnets.train import sharding
+from jaxnets.train import mesh, programs
 from jaxnets.version import __version__
 
 WORKLOADS = {
@@ -53,7 +53,7 @@ def _ynn(*kinds: str) -> dict[str, Any]:
     return {YNN_OPTION: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)}
 
 
-_TRAINING = sharding.CPU_OPTIONS
+_TRAINING = programs.CPU_OPTIONS
 _FAST = {"xla_cpu_enable_fast_math": True}
 _HONOR = ("nans", "infs", "division", "functions")
 
@@ -139,7 +139,7 @@ def make_program(model: str) -> tuple[Callable, Callable, dict[str, np.ndarray]]
     step = train.make_train_step(loss_fn, tx)
 
     def gathered(state: Any, arrays: Any, draw: Any):
-        return step(state, sharding.gather_rows(arrays, draw))
+        return step(state, mesh.gather_rows(arrays, draw))
 
     rng = np.random.default_rng(0)
     arrays = {

@@ -25,7 +25,7 @@ from jaxnets import errors, registry
 from jaxnets.config import RunOptions, read_words
 from jaxnets.interop.reference import require_torch
 from jaxnets.train.checkpoint import write_atomically
-from jaxnets.train.sharding import make_mesh
+from jaxnets.train.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

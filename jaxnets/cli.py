@@ -13,12 +13,20 @@ from typing import Any
 
 import jaxlib.version
 
-from jaxnets import defects, errors, registry, runner, startup
+from jaxnets import agreement, defects, errors, registry, runner, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
-from jaxnets.train import checkpoint, hooks, program_cache, run_folder, sharding
+from jaxnets.train import (
+    checkpoint,
+    hooks,
+    hosts,
+    mesh,
+    program_cache,
+    run_folder,
+    sharding,
+)
 
 COMMANDS = ("train", "eval", "duel")
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
@@ -107,6 +115,10 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its workers share a GPU
     for file in options.plugin:
         registry.load_file(file)
+    if command == "duel":
+        _refuse_several(options)
+    else:
+        _join(options)
     if command != "duel":  # whose workers do both by themselves
         keep_freed_memory()
         startup.limit_threads(options.threads)
@@ -145,11 +157,12 @@ def _train(
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     if options.keep_best < 1:
         raise errors.ConfigError(f"keep_best is {options.keep_best}; the best checkpoint is always kept")
-    strategy = _strategy(options)
     recipe = experiment.make_recipe(config, options)
+    strategy = _strategy(options, recipe)
+    values = to_json(config)
+    agreement.check(values, options, recipe, experiment.make_recipe)
     usages = runner.check_recipe(recipe, strategy, options)
     _warn_of_defects(strategy)
-    values = to_json(config)
     opened = run_folder.open_run(
         folder,
         experiment.name,
@@ -173,6 +186,8 @@ def _train(
     if result is None:
         assert stop.signal is not None
         return 128 + stop.signal
+    if not hosts.is_first():
+        return 0
     evaluated = result["eval"]
     pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
     waited = result.get("seconds_to_first_step")
@@ -191,7 +206,7 @@ def _train(
 
 
 def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
-    strategy = _strategy(options)
+    strategy = _strategy(options, recipe)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
     chosen = options.checkpoint
     if chosen in ("latest", "best"):
@@ -203,12 +218,40 @@ def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
     if step is None:
         raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
     state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
-    print(json.dumps({"step": step, "eval": make_evaluator(recipe, strategy, options)(state)}))
+    evaluated = make_evaluator(recipe, strategy, options)(state)
+    if hosts.is_first():
+        print(json.dumps({"step": step, "eval": evaluated}))
     return 0
 
 
-def _strategy(options: RunOptions) -> sharding.Strategy:
-    return sharding.make_strategy(options.strategy, num_devices=options.num_devices, use_jit=options.jit)
+def _strategy(options: RunOptions, recipe: Recipe) -> sharding.Strategy:
+    sizes = None if options.mesh is None else mesh.read_sizes(options.mesh)
+    is_cut = options.strategy in ("fsdp", "tensor") or sizes is not None
+    return sharding.make_strategy(
+        options.strategy,
+        num_devices=options.num_devices,
+        sizes=sizes,
+        rules=recipe.rules if is_cut else None,
+        use_jit=options.jit,
+        virtual_shards=options.fixed_order,
+    )
+
+
+def _join(options: RunOptions) -> None:
+    """Meet the other processes, if this run has any."""
+    where, count, process = options.coordinator, options.num_processes, options.process_id
+    if options.heartbeat_s < 1:
+        raise errors.ConfigError(f"heartbeat_s is {options.heartbeat_s:g}; it must be at least 1 s")
+    is_given = (where, count, process) != (None, None, None)
+    if where == "auto" or (not is_given and hosts.cluster_size() > 1):
+        hosts.join(heartbeat_s=options.heartbeat_s)
+    elif is_given:
+        hosts.join(where, count, process, heartbeat_s=options.heartbeat_s)
+
+
+def _refuse_several(options: RunOptions) -> None:
+    if options.coordinator or options.num_processes or options.process_id:
+        raise errors.ConfigError("duel measures one process; it takes no coordinator")
 
 
 def _warn_of_defects(strategy: sharding.Strategy) -> None:

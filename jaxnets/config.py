@@ -30,9 +30,24 @@ class RunOptions:
     allow_change: bool = False
     """Go on although the config differs from the one that the run was started with."""
     strategy: str = "jit"
-    """How a step is spread over devices: jit or pmap."""
+    """How training is spread over devices: jit or pmap, each a part of the batch and the whole state;
+    fsdp, the state is cut up as well; tensor, the model is, and each has the whole batch."""
+    mesh: str | None = None
+    """Sizes of the mesh's axes, such as data=2,fsdp=2,tensor=2, in place of --strategy."""
     num_devices: int | None = None
-    """How many devices to use; all by default."""
+    """How many devices to use, of all processes together; all by default."""
+    fixed_order: int = 0
+    """If not 0, compute each step in the order of so many shards of the batch, so that it is the same
+    bit for bit on any number of devices that divides it. BatchNorm then takes a shard's statistics."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a run of several processes, or "auto" on a cluster that says it itself
+    (Cloud TPU, SLURM, Open MPI, Kubernetes)."""
+    num_processes: int | None = None
+    """How many processes the run has."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    heartbeat_s: float = 100.0
+    """Seconds of silence after which a process of the run is taken for dead, and the others end."""
     threads: int | None = None
     """On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
     little more than a millisecond."""

@@ -47,7 +47,7 @@ def keep_predictions(
     """Write what a classifier of images says of the test set, and draw it."""
     if recipe.predict_fn is None:
         return
-    where = dataclasses.replace(strategy, name="jit")
+    where = dataclasses.replace(strategy, name="jit", virtual_shards=0)
     step = where.compile_eval(
         partial(make_predict_step, recipe.predict_fn), resident(recipe.test, options)
     )
@@ -69,6 +69,6 @@ def row_of(data: Any, i: int) -> Mapping[str, Any]:
 
 def _test_batches(recipe: Recipe, strategy: Strategy) -> Batches:
     size = count_examples(recipe.test)
-    devices = strategy.num_devices
-    batch_size = -(-min(recipe.eval_batch_size, size) // devices) * devices
+    parts = strategy.num_parts
+    batch_size = -(-min(recipe.eval_batch_size, size) // parts) * parts
     return Batches(size, batch_size, size, shuffle=False)

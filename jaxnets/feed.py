@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
-from jaxnets.data import Arrays, Batches, Stream
+from jaxnets.data import Arrays, Batches, Part, Stream
 from jaxnets.recipe import Recipe
 from jaxnets.train.loop import Clock
 from jaxnets.train.prefetch import Prefetch
@@ -44,10 +44,14 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     if num_steps < 1:
         raise errors.ConfigError(f"steps_per_call is {num_steps}; it must be at least 1")
     if num_steps > 1 and (
-        resident(recipe.train, options) is None or options.strategy != "jit" or not options.jit
+        resident(recipe.train, options) is None
+        or options.strategy == "pmap"
+        or not options.jit
+        or options.fixed_order
     ):
         raise errors.ConfigError(
-            "several steps in a call take data that is kept in memory, and --strategy jit, compiled"
+            "several steps in a call take data that is kept in memory, a compiled step, and neither "
+            "--strategy pmap nor --fixed-order"
         )
     if recipe.partners and resident(recipe.train, options) is None:
         raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
@@ -79,7 +83,9 @@ def feed(
         yield draws
         return
     source = Arrays(data) if isinstance(data, Mapping) else data
-    stream = Stream(source, draws, num_workers=options.num_workers, prefetch=options.prefetch)
+    rows = tuple(strategy.rows(draws.batch_size).tolist())
+    mine = draws if len(rows) == draws.batch_size else Part(draws, rows)
+    stream = Stream(source, mine, num_workers=options.num_workers, prefetch=options.prefetch)
     with Prefetch(stream, strategy.put_batch, depth=min(options.prefetch, _ON_DEVICE)) as batches:
         yield batches
 

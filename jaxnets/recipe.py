@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
     import numpy as np
     import optax
 
+    from jaxnets.train.mesh import Rules
     from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
 
@@ -48,6 +49,8 @@ class Recipe:
         maximize: whether a greater value of it is better.
         stages: (step, loss_fn) in order: from that step on, counted from 0, this loss_fn is trained with
             instead, in a program of its own, as for images that grow during the run.
+        rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
+            spec), such as `models.gpt.sharding_rules()`; None if the model has none.
         torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
             the duel alone; None if there is none.
         torch_arguments: what that function is called with.
@@ -76,6 +79,7 @@ class Recipe:
     monitor: str = "accuracy"
     maximize: bool = True
     stages: "Sequence[tuple[int, LossFn]]" = ()
+    rules: "Rules | None" = None
     torch_reference: str | None = None
     torch_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

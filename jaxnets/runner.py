@@ -23,7 +23,7 @@ from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
 from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
-from jaxnets.train import checkpoint, hooks, program_cache, sharding
+from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
 from jaxnets.train.loop import Clock, Several, fit
 from jaxnets.train.metrics_log import MetricsLog, read_rows
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
@@ -49,7 +49,7 @@ def check_recipe(
             data or what a stage makes of it, or the data is more than may be kept on a device.
     """
     check_feed(recipe, options or RunOptions())
-    sharding.check_divides(recipe.batch_size, strategy.num_devices, recipe.accumulate)
+    sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate)
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
     if recipe.num_positions > _MAX * recipe.batch_size:
@@ -276,8 +276,9 @@ def versions() -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    """Tell the user something that is not the result."""
-    print(line, file=sys.stderr, flush=True)
+    """Tell the user something that is not the result; of several processes the first one does."""
+    if hosts.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _warn_of_single_steps(several: Several, num_steps: int) -> None:

@@ -33,6 +33,7 @@ ROWS = {
     "jaxnets.train": 4,
     "jaxnets.feed": 4.5,
     "jaxnets.evaluation": 4.7,
+    "jaxnets.agreement": 5,
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,

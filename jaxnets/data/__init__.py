@@ -1,6 +1,7 @@
 """Data: named sets, the order of the examples, batches. NumPy in, dict of NumPy out, never jax."""
 
 from jaxnets.data.batches import Batches as Batches
+from jaxnets.data.batches import Part as Part
 from jaxnets.data.batches import take as take
 from jaxnets.data.buckets import bucket_of as bucket_of
 from jaxnets.data.buckets import pad_batch as pad_batch

@@ -103,6 +103,42 @@ class Batches:
         return draw if num_real >= self.batch_size else _pad(draw, num_real)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows of every draw, for one of several processes; otherwise as `Batches`.
+
+    Args:
+        batches: the whole draws.
+        rows: which of their rows, in order.
+
+    Example:
+        >>> part = Part(Batches(num_examples=5, batch_size=4, num_positions=8, shuffle=False), (2, 3))
+        >>> part[0]["index"].tolist()
+        [2, 3]
+    """
+
+    batches: Batches
+    rows: tuple[int, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples there are."""
+        return self.batches.num_examples
+
+    @property
+    def partners(self) -> bool:
+        """Whether each example gets another one to be mixed with."""
+        return self.batches.partners
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """These rows of the i-th draw."""
+        rows = list(self.rows)
+        return {name: x[rows] for name, x in self.batches[i].items()}
+
+
 def take(arrays: Mapping[str, np.ndarray], draw: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Gather the rows of a draw, for a loop that feeds from the host.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxnets import errors, registry
 from jaxnets.data import worker
-from jaxnets.data.batches import Batches
+from jaxnets.data.batches import Batches, Part
 from jaxnets.data.sources import Source
 
 _MAX_THREADS = 4
@@ -57,7 +57,9 @@ class Stream:
         ([9, 7], [True, False])
     """
 
-    def __init__(self, source: Source, batches: Batches, *, num_workers: int = 0, prefetch: int = 2):
+    def __init__(
+        self, source: Source, batches: Batches | Part, *, num_workers: int = 0, prefetch: int = 2
+    ):
         for name, value in (("num_workers", num_workers), ("prefetch", prefetch)):
             if value < 0:
                 raise errors.ConfigError(f"{name} is {value}; it must be at least 0")

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxnets import errors
-from jaxnets.data.batches import Batches
+from jaxnets.data.batches import Batches, Part
 from jaxnets.data.sources import Source, read_rows
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -38,7 +38,7 @@ class Job(NamedTuple):
     """What a worker reads: batches first, first + step, first + 2 step, ... to the end."""
 
     source: Source
-    batches: Batches
+    batches: Batches | Part
     first: int
     step: int
     num_threads: int

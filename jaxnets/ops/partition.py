@@ -6,7 +6,9 @@ do nothing, so a model runs alone as it stands.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxnets.typing import Array, PyTree
 
+AxisRules = Mapping[str, str | tuple[str, ...] | None]
+"""The mesh axes that the named axes of activations are spread over."""
+
 _axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("data_axis", default=None)
 _micro: contextvars.ContextVar[tuple[Array | int, int]] = contextvars.ContextVar(
     "micro_batch", default=(0, 1)
 )
-_rules: contextvars.ContextVar[tuple[Mesh, Mapping[str, str | None]] | None] = contextvars.ContextVar(
+_first: contextvars.ContextVar[Array | int] = contextvars.ContextVar("first_row", default=0)
+_rules: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
     "activation_rules", default=None
 )
 
@@ -35,8 +41,11 @@ def data_axis(name: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activation_rules(mesh: Mesh, rules: Mapping[str, str | None]) -> Iterator[None]:
-    """While this is open, `constrain` spreads named axes over the mesh axes that `rules` gives."""
+def activation_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+    """While this is open, `constrain` spreads named axes over the mesh axes that `rules` gives.
+
+    A mesh axis that an array has no even part for is left out, as for a short sequence.
+    """
     token = _rules.set((mesh, rules))
     try:
         yield
@@ -63,6 +72,16 @@ def micro_batch(number: Array | int, of: int) -> Iterator[None]:
         _micro.reset(token)
 
 
+@contextlib.contextmanager
+def first_row(row: Array | int) -> Iterator[None]:
+    """While this is open, the rows in hand are those of the global batch from this one on."""
+    token = _first.set(row)
+    try:
+        yield
+    finally:
+        _first.reset(token)
+
+
 def default_rows(num_rows: int) -> Array:
     """The places in the global batch of the rows in hand.
 
@@ -73,7 +92,7 @@ def default_rows(num_rows: int) -> Array:
         integers `[num_rows]`.
     """
     number, of = _micro.get()
-    rows = jnp.arange(num_rows) * of + number
+    rows = jnp.arange(num_rows) * of + number + _first.get()
     name = _axis.get()
     return rows if name is None else rows + lax.axis_index(name) * num_rows * of
 
@@ -97,5 +116,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if context is None:
         return x
     mesh, rules = context
-    spec = PartitionSpec(*(None if axis is None else rules.get(axis) for axis in axes))
+    places = [None if axis is None else rules.get(axis) for axis in axes]
+    spec = PartitionSpec(*(_fitting(mesh, at, n) for at, n in zip(places, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _fitting(mesh: Mesh, axes: str | tuple[str, ...] | None, length: int) -> Any:
+    """The mesh axes to cut an array's axis over; None where it has no even part for each device."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return axes if names and length % math.prod(mesh.shape[name] for name in names) == 0 else None

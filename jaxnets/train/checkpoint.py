@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import errors
-from jaxnets.train.sharding import path_of
+from jaxnets.train.mesh import path_of
 from jaxnets.train.state import TrainState
 from jaxnets.typing import PyTree
 from jaxnets.version import __version__

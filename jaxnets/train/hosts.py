@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed  # the service's client has no public name; Orbax takes it from here too
+from jax._src import (
+    clusters,
+    distributed,
+)  # the service's client has no public name; Orbax takes it from here too
 
 from jaxnets import errors
 
@@ -104,6 +107,27 @@ def join(
         raise errors.ConfigError(f"{who} could not join {place}: {_first_line(error)}") from error
     finally:
         timer.cancel()
+
+
+def cluster_size() -> int:
+    """How many processes the cluster that this one was started by has; 1 if there is none.
+
+    Asked are those that JAX knows: Cloud TPU, SLURM (in a step of `srun`), Open MPI, and the indexed
+    jobs of Kubernetes.
+    """
+    for kind in clusters.ClusterEnv._cluster_types:
+        if kind.opt_in_only_method or not kind.is_env_present():
+            continue
+        if kind.name == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ:
+            continue  # any pod has Kubernetes' variables
+        try:
+            return int(kind.get_process_count())
+        except Exception as error:
+            raise errors.ConfigError(
+                f"this looks like a cluster ({kind.name}), which doesn't say how many processes there "
+                f"are ({_first_line(error)}): give --coordinator, --num-processes and --process-id"
+            ) from error
+    return 1
 
 
 def barrier(name: str, *, timeout_s: float = TIMEOUT_S) -> None:

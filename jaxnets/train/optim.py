@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnets import errors
-from jaxnets.train.sharding import path_of
+from jaxnets.train.mesh import path_of
 from jaxnets.typing import Params, PyTree
 
 Rate = float | Callable[..., Any]

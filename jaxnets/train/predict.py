@@ -25,8 +25,8 @@ def make_predict_step(
         axis_name: None.
 
     Returns:
-        the step; of each row it gives "label" and "prediction", int32 `[B]`, and "probability",
-        float32 `[B]`, which is the model's of its prediction.
+        the step; of each row it gives "label" and "prediction", int32 `[B]`, "probability", float32
+        `[B]`, which is the model's of its prediction, and the batch's "mask".
     """
     if axis_name is not None:
         raise ValueError("predictions are rows, which no mapped axis adds up: compile them with jit")
@@ -38,6 +38,7 @@ def make_predict_step(
             "label": batch["label"].astype(jnp.int32),
             "prediction": jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
             "probability": jnp.max(jax.nn.softmax(logits_BV), axis=-1),
+            "mask": batch["mask"],
         }
 
     return step
@@ -47,7 +48,7 @@ def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> di
     """The rows of all batches that their masks have, in order.
 
     Args:
-        step: compiled, `step(state, batch_or_draw) -> {name: [B]}`.
+        step: compiled, `step(state, batch_or_draw) -> {name: [B]}`, "mask" among them.
         state: read only.
         batches: an indexable sequence of batches or draws, with masks.
 
@@ -56,12 +57,11 @@ def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> di
     """
     parts = []
     for i in range(len(batches)):
-        batch = batches[i]
-        parts.append((batch["mask"], step(state, batch)))
+        parts.append(step(state, batches[i]))
         if i >= IN_FLIGHT:  # or batches would pile up on the device
             parts[i - IN_FLIGHT] = jax.device_get(parts[i - IN_FLIGHT])
-    masks = np.concatenate([np.asarray(mask) for mask, _ in parts])
-    rows = jax.device_get([values for _, values in parts])
+    rows = jax.device_get(parts)
+    masks = np.concatenate([part.pop("mask") for part in rows])
     return {name: np.concatenate([part[name] for part in rows])[masks] for name in rows[0]}
 
 

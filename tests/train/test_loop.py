@@ -22,7 +22,7 @@ from jaxnets.train import (
     fit,
     make_strategy,
     make_train_step,
-    sharding,
+    programs,
 )
 from jaxnets.train.hooks import Evaluate, LogMetrics, Profile, ShowProgress, StopOnSignal
 from jaxnets.train.metrics_log import MetricsLog
@@ -222,7 +222,7 @@ def test_a_convolution_of_xlas_own_does_not_end_up_in_a_loop(model, num_devices,
     params, model_state = jax.eval_shape(init_fn, jax.random.key(0))
 
     def program(params, model_state, draws):
-        return sharding._in_a_row(
+        return programs.in_a_row(
             lambda carry, draw: (carry, apply_fn(params, model_state, draw["image"], train=False)[0]),
             (),
             draws,

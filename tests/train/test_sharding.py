@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnets import errors
 from jaxnets.train import check_divides, create_state, make_strategy, shard_by_rules
-from jaxnets.train.sharding import REPLICATED, make_mesh
+from jaxnets.train.mesh import REPLICATED, make_mesh
 
 
 def make_state():
