@@ -19,4 +19,5 @@ from jaxnets.train.sharding import make_strategy as make_strategy
 from jaxnets.train.sharding import shard_by_rules as shard_by_rules
 from jaxnets.train.state import TrainState as TrainState
 from jaxnets.train.state import create_state as create_state
+from jaxnets.train.step import TrainStep as TrainStep
 from jaxnets.train.step import make_train_step as make_train_step

@@ -7,6 +7,7 @@ and every device differentiates its own part of the sum. Nothing is ever a mean 
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,40 @@ from jaxnets.ops.partition import data_axis, data_sum, micro_batch
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Array, Batch, LossFn, Params, PyTree, WeightsFn
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+Sums = tuple[dict[str, Array], dict[str, Any]]
+"""The parts of the loss by term, and the metrics of the loss_fn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A training step, `step(state, batch) -> (state, metrics)`, and the three pure parts it is made of.
+
+    The parts see one device's rows and add nothing over devices. Who calls them apart does that in
+    between, and opens `ops.partition.data_axis` around them where an axis is mapped.
+
+    Attributes:
+        weigh: `weigh(state, batch) -> totals`: for each term of the loss the sum of the weights of these
+            rows.
+        differentiate: `differentiate(state, batch, totals) -> (grads, model_state, sums)`, with totals
+            of the global batch: these rows' part of the gradients and of the sums (the parts of the loss
+            by term, the metrics of the loss_fn), and the model's state after them.
+        apply: `apply(state, grads, model_state, sums) -> (state, metrics)`, with gradients and sums of
+            the global batch.
+        axis_name: the mapped axis over which the step adds; None for none.
+    """
+
+    weigh: Callable[[TrainState, Batch], dict[str, Array]]
+    differentiate: Callable[[TrainState, Batch, Mapping[str, Array]], tuple[Params, PyTree, Sums]]
+    apply: Callable[[TrainState, Params, PyTree, Sums], tuple[TrainState, dict[str, Array]]]
+    axis_name: str | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """Take the step."""
+        with data_axis(self.axis_name):
+            totals = {name: data_sum(x) for name, x in self.weigh(state, batch).items()}
+            grads, model_state, sums = self.differentiate(state, batch, totals)
+            grads, sums = data_sum((grads, sums))
+            return self.apply(state, grads, model_state, sums)
 
 
 def make_train_step(
@@ -29,7 +63,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     axis_name: str | None = None,
-) -> Step:
+) -> TrainStep:
     """Make `step(state, batch) -> (state, metrics)`.
 
     The total loss is the sum over terms of `coefficient * sum(loss * weight) / sum(weight)`, with
@@ -63,64 +97,36 @@ def make_train_step(
         raise ValueError(f"ema_decay lies in [0, 1), not {ema_decay}")
     coefficients = dict(coefficients or {})
 
-    def weighted_sums(terms: Mapping[str, Array], batch: Batch) -> dict[str, tuple[Array, Array]]:
-        """For each term the sums of loss x weight and of weight, over this part of the batch."""
-        weights = None if weights_fn is None else weights_fn(batch)
-        sums = {}
-        for name, loss in terms.items():
-            if weights is None:
-                weight = batch["mask"] if "mask" in batch else jnp.ones(loss.shape[:1], bool)
-                weight = weight.reshape(weight.shape + (1,) * (loss.ndim - weight.ndim))
-            elif name in weights:
-                weight = weights[name]
-            else:
-                raise ValueError(f"weights_fn gives no weights for the loss term {name!r}")
-            dtype = jnp.promote_types(loss.dtype, jnp.float32)
-            weight = jnp.broadcast_to(weight, loss.shape).astype(dtype)
-            # What has weight 0 does not enter the loss, not even as NaN. (Its gradient would be 0 x NaN:
-            # rows that fill up a batch are copies of a real one.)
-            product = jnp.where(weight != 0, loss.astype(dtype) * weight, 0)
-            sums[name] = jnp.sum(product), jnp.sum(weight)
-        return sums
+    def weigh(state: TrainState, batch: Batch) -> dict[str, Array]:
+        def losses(params: Params, model_state: PyTree, batch: Batch):
+            return loss_fn(params, model_state, batch, key=step_key(state))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        with data_axis(axis_name):
-            return _step(state, batch)
+        # Of the losses only the shapes matter here.
+        shapes = jax.eval_shape(losses, state.params, state.model_state, batch)
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        return {name: weight for name, (_, weight) in weighted_sums(zeros, batch, weights_fn).items()}
 
-    def _step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-
-        def forward(params: Params, model_state: PyTree, batch: Batch):
-            terms, model_state, metrics = loss_fn(params, model_state, batch, key=key)
-            return weighted_sums(terms, batch), model_state, dict(metrics)
-
-        # The weights alone: XLA drops the losses, of which only the shapes matter here.
-        shapes = jax.eval_shape(lambda p, m, b: loss_fn(p, m, b, key=key)[0],
-                                state.params, state.model_state, batch)  # fmt: skip
-        totals = {
-            name: data_sum(weight)
-            for name, (_, weight) in weighted_sums(
-                {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, batch
-            ).items()
-        }
-        scale = {
-            name: coefficients.get(name, 1.0) / jnp.where(total == 0, 1, total)
-            for name, total in totals.items()
-        }
-        _check_names(coefficients, scale)
+    def differentiate(
+        state: TrainState, batch: Batch, totals: Mapping[str, Array]
+    ) -> tuple[Params, PyTree, Sums]:
+        key, scale = step_key(state), scales(totals, coefficients)
 
         def objective(params: Params, model_state: PyTree, batch: Batch):
-            sums, model_state, metrics = forward(params, model_state, batch)
+            terms, model_state, metrics = loss_fn(params, model_state, batch, key=key)
+            sums = weighted_sums(terms, batch, weights_fn)
             parts = {name: scale[name] * total for name, (total, _) in sums.items()}
-            return sum(parts.values()), (model_state, (parts, metrics))
+            return sum(parts.values()), (model_state, (parts, dict(metrics)))
 
         grad_fn = jax.grad(objective, has_aux=True)
-        if accumulate == 1:
-            grads, (model_state, sums) = grad_fn(state.params, state.model_state, batch)
-        else:
-            grads, model_state, sums = _accumulate(grad_fn, state, batch, accumulate)
-        grads, (parts, metrics) = data_sum((grads, sums))
+        if accumulate > 1:
+            return _accumulate(grad_fn, state, batch, accumulate)
+        grads, (model_state, sums) = grad_fn(state.params, state.model_state, batch)
+        return grads, model_state, sums
 
+    def apply(
+        state: TrainState, grads: Params, model_state: PyTree, sums: Sums
+    ) -> tuple[TrainState, dict[str, Array]]:
+        parts, metrics = sums
         loss = sum(parts.values())
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -143,7 +149,63 @@ def make_train_step(
         values |= {name: metric.compute() for name, metric in metrics.items()}
         return dataclasses.replace(new_state, guard=guard), values
 
-    return step
+    return TrainStep(weigh, differentiate, apply, axis_name)
+
+
+def step_key(state: TrainState) -> Array:
+    """The key that the loss of the next step gets."""
+    return jax.random.fold_in(state.key, state.step)
+
+
+def weighted_sums(
+    terms: Mapping[str, Array], batch: Batch, weights_fn: WeightsFn | None
+) -> dict[str, tuple[Array, Array]]:
+    """For each term the sums of loss x weight and of weight, over this part of the batch.
+
+    Args:
+        terms: losses `[B, ...]` by name.
+        batch: what the weights are taken from.
+        weights_fn: as `make_train_step` takes it.
+
+    Raises:
+        ValueError: if it gives no weights for a term.
+    """
+    weights = None if weights_fn is None else weights_fn(batch)
+    sums = {}
+    for name, loss in terms.items():
+        if weights is None:
+            weight = batch["mask"] if "mask" in batch else jnp.ones(loss.shape[:1], bool)
+            weight = weight.reshape(weight.shape + (1,) * (loss.ndim - weight.ndim))
+        elif name in weights:
+            weight = weights[name]
+        else:
+            raise ValueError(f"weights_fn gives no weights for the loss term {name!r}")
+        dtype = jnp.promote_types(loss.dtype, jnp.float32)
+        weight = jnp.broadcast_to(weight, loss.shape).astype(dtype)
+        # What has weight 0 does not enter the loss, not even as NaN. (Its gradient would be 0 x NaN:
+        # rows that fill up a batch are copies of a real one.)
+        product = jnp.where(weight != 0, loss.astype(dtype) * weight, 0)
+        sums[name] = jnp.sum(product), jnp.sum(weight)
+    return sums
+
+
+def scales(totals: Mapping[str, Array], coefficients: Mapping[str, float]) -> dict[str, Array]:
+    """What the sum of loss x weight of each term is multiplied by.
+
+    Args:
+        totals: the sums of the weights over the global batch.
+        coefficients: of the terms; 1 for those that aren't named.
+
+    Raises:
+        ValueError: if a coefficient is of no term.
+    """
+    unused = sorted(set(coefficients) - set(totals))
+    if unused:
+        raise ValueError(f"coefficients for {unused}, but the loss has the terms {sorted(totals)}")
+    return {
+        name: coefficients.get(name, 1.0) / jnp.where(total == 0, 1, total)
+        for name, total in totals.items()
+    }
 
 
 def _average(ema: Params | None, params: Params, decay: float | None) -> Params | None:
@@ -180,9 +242,3 @@ def _accumulate(grad_fn: Callable, state: TrainState, batch: Batch, accumulate: 
     numbered = jnp.arange(accumulate), micros
     (added, model_state), _ = lax.scan(body, (zeros, state.model_state), numbered, unroll=unroll)
     return added[0], model_state, added[1]
-
-
-def _check_names(coefficients: Mapping[str, float], terms: Mapping[str, Array]) -> None:
-    unused = sorted(set(coefficients) - set(terms))
-    if unused:
-        raise ValueError(f"coefficients for {unused}, but the loss has the terms {sorted(terms)}")
