@@ -43,12 +43,12 @@ def train(strategy, name="mlp"):
 @pytest.mark.parametrize(
     ("name", "model", "options"),
     [
-        ("fsdp", "mlp", {}),
         ("fsdp", "mlp", {"rules": MLP_RULES}),
         ("tensor", "mlp", {"rules": MLP_RULES}),
         ("jit", "mlp", {"sizes": {"data": 2, "fsdp": 2, "tensor": 2}, "rules": MLP_RULES}),
-        ("fsdp", "convnet", {}),
-        ("jit", "convnet", {"sizes": {"data": 4, "fsdp": 2}}),
+        pytest.param("fsdp", "mlp", {}, marks=pytest.mark.long),
+        pytest.param("fsdp", "convnet", {}, marks=pytest.mark.long),
+        pytest.param("jit", "convnet", {"sizes": {"data": 4, "fsdp": 2}}, marks=pytest.mark.long),
     ],
 )
 def test_every_strategy_trains_as_one_device_does(name, model, options, x64):
