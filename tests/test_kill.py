@@ -17,6 +17,7 @@ from experiments import cifar10
 from jaxnets import runner
 from jaxnets.config import RunOptions, to_json
 from jaxnets.train import Checkpoints, make_strategy
+from jaxnets.train.metrics_log import read_rows
 
 ROOT = Path(cifar10.__file__).parents[1]
 # BatchNorm statistics, dropout, moments, a short last batch, evaluations and saves all the time.
@@ -97,8 +98,12 @@ def rows_of(log):
 
 
 def kill_at_random(folder, data, epochs, rng, num_kills):
-    """Kill the run that often between its first step and its end; how often in a save."""
-    in_save = 0
+    """Kill the run that often between its first step and its end.
+
+    Returns:
+        how often in a save, and how many steps each kill cost.
+    """
+    in_save, lost = 0, []
     log = folder / "metrics.jsonl"
     for kill in range(num_kills):
         process = start(folder, data, epochs, is_victim=True, **QUIET)
@@ -121,16 +126,21 @@ def kill_at_random(folder, data, epochs, rng, num_kills):
         process.send_signal(signal.SIGKILL)
         process.wait()
         in_save += bool(unfinished(folder))
-    return in_save
+        seen = max(row["step"] for row in read_rows(log))
+        lost.append(seen - (Checkpoints(folder / "checkpoints").latest() or 0))
+    return in_save, lost
 
 
 def check_kills(tmp_path, num_kills, epochs, seed):
     data = write_data(tmp_path / "data")
     assert start(tmp_path / "whole", data, epochs, **QUIET).wait() == 0
-    in_save = kill_at_random(tmp_path / "broken", data, epochs, random.Random(seed), num_kills)
+    rng = random.Random(seed)
+    in_save, lost = kill_at_random(tmp_path / "broken", data, epochs, rng, num_kills)
     assert start(tmp_path / "broken", data, epochs, **QUIET).wait() == 0
     assert_same(final(tmp_path / "whole", data), final(tmp_path / "broken", data))
-    return in_save
+    # A save begins every two steps, and waits for the one before it.
+    assert max(lost) <= 4, lost
+    return in_save, lost
 
 
 @pytest.mark.timeout(600)
@@ -139,10 +149,16 @@ def test_a_kill(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3000)
-def test_ten_kills(tmp_path):
-    in_save = check_kills(tmp_path, 10, epochs=40.3, seed=1)
-    assert in_save >= 3
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize(("num_kills", "epochs"), [(20, 60.3), (200, 500.3)])
+def test_many_kills(tmp_path, num_kills, epochs, record_property):
+    in_save, lost = check_kills(tmp_path, num_kills, epochs, seed=num_kills)
+    assert in_save >= num_kills // 4
+    record_property(
+        "figure",
+        f"{num_kills} kills, {in_save} of them in a save: each run went on to the same bits; "
+        f"{sum(lost) / len(lost):.1f} steps lost in the mean, {max(lost)} at most",
+    )
 
 
 def test_sigterm_saves_and_says_so(tmp_path):
