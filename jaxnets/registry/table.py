@@ -65,6 +65,10 @@ entries: dict[str, dict[str, Entry]] = {
         resnet152="models.resnet:resnet152",
         speednet="models.speednet:speednet",
     ),
+    "language_model": _built_in(
+        gpt2_small="models.gpt:gpt2_small",
+        gpt_100m="models.gpt:gpt_100m",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
