@@ -20,6 +20,10 @@ class CheckpointError(UserError):
     """A checkpoint that could not be written, or that can't be restored into this run."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written; an earlier one may be whole."""
+
+
 class NonFiniteError(UserError):
     """The loss or a gradient was NaN or infinite; nothing of that step was applied."""
 

@@ -360,11 +360,13 @@ def _start(
     for name in checkpoints.clean():
         say(f"removed the unfinished checkpoint {name}")
     num_steps = recipe.num_steps
-    latest = checkpoints.latest()
+    latest, lines = checkpoints.newest_whole()
+    for line in lines:
+        say(f"warning: {line}")
     if latest is not None:
         ended = checkpoints.manifest(latest).extra.get("num_positions", 0)
         is_short = latest * recipe.batch_size > ended
-        if is_short and recipe.num_positions > ended and latest - 1 in checkpoints.steps():
+        if is_short and recipe.num_positions > ended and checkpoints.is_whole(latest - 1):
             say(f"step {latest} had a short batch; going on from before it")
             checkpoints.discard(latest)
             latest -= 1

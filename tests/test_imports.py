@@ -150,7 +150,7 @@ def test_what_everyone_may_know_knows_nothing():
 
 
 def test_one_file_knows_orbax():
-    assert users_of("orbax") == {"jaxnets.train.checkpoint"}
+    assert users_of("orbax") == {"jaxnets.train.array_store"}
 
 
 def test_only_interop_knows_pytorch():

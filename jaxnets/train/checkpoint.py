@@ -1,20 +1,23 @@
-"""Checkpoints that are whole or not there: the only place that knows Orbax.
+"""Checkpoints that are whole or not there.
 
 A step is a folder with the state, as Orbax writes it, and a manifest, which is written last: to a
 temporary name, synced, renamed. It holds the size and SHA-256 of every file. A folder without one is
 what a killed save left behind; a folder whose files differ from it is damaged, and is never read.
+
+Of several processes each writes its part of the state, and calls the same methods in the same order. The
+first one alone looks at the folder, and decides for all.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +25,46 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import errors
-from jaxnets.train.mesh import path_of
+from jaxnets.train import array_store, files, hosts, manifest
+from jaxnets.train.files import first_line
+from jaxnets.train.files import write_atomically as write_atomically
+from jaxnets.train.manifest import MANIFEST, Manifest, describe
 from jaxnets.train.state import TrainState
+from jaxnets.train.verdict import by_first, together
 from jaxnets.typing import PyTree
-from jaxnets.version import __version__
 
-MANIFEST = "manifest.json"
-_FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What is known of a checkpoint without reading its arrays.
-
-    Attributes:
-        step: the number of steps applied.
-        score: of the monitored metric, where this step was evaluated.
-        arrays: "dtype[shape]" of each leaf of the state, by path.
-        files: size in bytes and SHA-256 of each file, by path in the step's folder.
-        extra: what the caller saved beside the state.
-        versions: of the libraries that wrote it.
-    """
-
-    step: int
-    score: float | None
-    arrays: Mapping[str, str]
-    files: Mapping[str, tuple[int, str]]
-    extra: Mapping[str, Any]
-    versions: Mapping[str, str]
+_STATE = "state"
+_DAMAGED = ".damaged"
+_TIMEOUT_S = 3600.0  # for what takes as long as the slowest disk does
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest one and the best ones are kept.
+    """The checkpoints of one run: the latest ones and the best ones are kept.
 
     Saving returns as soon as the state is copied; files, digests and the manifest are written by a
     thread. Older checkpoints are deleted only after a newer one is complete. Use it as a context, or
-    call `wait`, so that the last save is complete.
+    call `wait`, so that the last save is complete; a program that ends without either waits too.
 
     Args:
         folder: where; made when the first step is saved.
         maximize: whether a greater score is the better one.
         num_best: how many of the best are kept, at least 1.
+        num_recent: how many of the latest are kept, at least 1; with 2 there is one to fall back to.
     """
 
-    def __init__(self, folder: Path | str, *, maximize: bool = True, num_best: int = 1):
+    def __init__(
+        self, folder: Path | str, *, maximize: bool = True, num_best: int = 1, num_recent: int = 2
+    ):
         if num_best < 1:
             raise errors.ConfigError(f"at least the best checkpoint is kept, not the best {num_best}")
+        if num_recent < 1:
+            raise errors.ConfigError(f"at least the latest checkpoint is kept, not {num_recent}")
         self.folder = Path(folder).absolute()
         self._sign = 1 if maximize else -1
-        self._num_best = num_best
+        self._num_best, self._num_recent = num_best, num_recent
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._whole: dict[int, Manifest] = {}  # what this object has seen to be so
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -85,7 +77,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, in order."""
-        return sorted(int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if _is_step(p))
+        return by_first("checkpoints/steps", self._steps)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -100,48 +92,99 @@ class Checkpoints:
 
         A score that isn't a number counts as none.
         """
-        scores = {}
-        for step in self.steps():
-            with contextlib.suppress(errors.CheckpointError):  # damaged, or deleted while we look
-                scores[step] = self.manifest(step).score
-        scored = [step for step, score in scores.items() if score is not None and score == score]
-        return sorted(scored, key=lambda step: (-self._sign * scores[step], step))
+        return by_first("checkpoints/ranked", self._ranked)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
 
         Raises:
-            CheckpointError: if there is none, or it is damaged.
+            DamagedError: if it isn't what was written.
+            CheckpointError: if there is none.
         """
-        path = self._folder_of(step) / MANIFEST
-        try:
-            sealed = json.loads(path.read_bytes())
-            content = sealed["content"]
-            if sealed["sha256"] != _seal(content) or content.pop("format") != _FORMAT:
-                raise ValueError("digest")
-            return Manifest(**content)
-        except FileNotFoundError:
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise errors.CheckpointError(
-                f"no checkpoint of step {step} in {self.folder} (there are: {there})"
-            ) from None
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise self._damaged(step, MANIFEST) from None
+        if hosts.count() == 1:
+            return self._manifest(step)
+        content = by_first("checkpoints/manifest", lambda: dataclasses.asdict(self._manifest(step)))
+        return Manifest(**content)
 
     def clean(self) -> list[str]:
         """Remove what interrupted saves left behind; the names of what was removed."""
-        removed = []
-        for path in sorted(self.folder.glob("*")):
-            if path.name.isdigit() and path.is_dir() and not (path / MANIFEST).exists():
-                shutil.rmtree(path)
-                removed.append(path.name)
-        return removed
+
+        def clean() -> list[str]:
+            removed = []
+            for path in sorted(self.folder.glob("*")):
+                if path.name.isdigit() and path.is_dir() and not (path / MANIFEST).exists():
+                    shutil.rmtree(path)
+                    removed.append(path.name)
+            return removed
+
+        return by_first("checkpoints/clean", clean)
 
     def discard(self, step: int) -> None:
         """Delete a step."""
-        # The manifest goes first, so that a kill in between leaves nothing half-valid.
-        (self._folder_of(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self._folder_of(step))
+        by_first("checkpoints/discard", lambda: self._discard(step))
+
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """The newest step whose files are what was written; damaged ones after it are set aside.
+
+        They are renamed, to 00000012.damaged, and not deleted.
+
+        Returns:
+            the step, None if nothing was ever saved, and a line about each that was set aside.
+
+        Raises:
+            CheckpointError: if there is no whole step, but damaged ones; or one can't be read at all.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self._check_files(step)
+            except errors.DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            found = step
+            break
+        else:
+            found = None
+        if found is not None:
+            return found, by_first("checkpoints/aside", lambda: self._set_aside(damaged, found))
+        names = by_first(
+            "checkpoints/damaged", lambda: sorted(p.name for p in self.folder.glob(f"*{_DAMAGED}*"))
+        )
+        if damaged or names:
+            why = next(iter(damaged.values()), f"{names[-1]} was set aside as damaged" if names else "")
+            raise errors.CheckpointError(
+                f"no checkpoint in {self.folder} is whole: {why}; --no-resume begins anew and keeps them"
+            )
+        return None, []
+
+    def is_whole(self, step: int) -> bool:
+        """Whether a step is there, and its files are what was written."""
+        try:
+            self._check_files(step)
+        except errors.CheckpointError:
+            return False
+        return True
+
+    def restore_latest(
+        self, abstract: TrainState
+    ) -> tuple[TrainState | None, Manifest | None, list[str]]:
+        """Read the newest step whose files are what was written; damaged ones after it are set aside.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state, as of `Strategy.abstract`.
+
+        Returns:
+            the state and the manifest, None if nothing was ever saved, and a line about each step that
+            was set aside.
+
+        Raises:
+            CheckpointError: if there is no whole step, but damaged ones; if the state is another model's
+                or optimizer's.
+        """
+        step, lines = self.newest_whole()
+        if step is None:
+            return None, None, lines
+        return *self.restore(step, abstract), lines
 
     def save(
         self,
@@ -157,44 +200,45 @@ class Checkpoints:
             state: may be donated to the next step as soon as this returns.
             score: of the monitored metric, if the state was evaluated.
             extra: what JSON can hold.
-            keep: steps to keep beside this one and the best ones.
+            keep: steps to keep beside this one, the latest and the best ones.
 
         Raises:
-            CheckpointError: if the earlier save failed.
+            CheckpointError: if the earlier save failed, or nothing can be written.
         """
         self.wait()
         step = int(state.step)
-        if (self._folder_of(step) / MANIFEST).exists():
+        if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
         # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
         copy = jax.block_until_ready(jax.tree.map(jnp.copy, _as_dict(state)))
-        arrays = _describe(copy)
-        _orbax()  # here, not in the thread: importing is for the main one
-        future = self._executor.submit(
-            self._write, step, copy, arrays, score, dict(extra or {}), set(keep)
-        )
-        self._pending = (step, future)
+        record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
+        array_store.prepare()
+        _wait_at_exit(self)
+        end = array_store.begin_save(self._path(step) / _STATE, copy)
+        try:
+            self._pending = self._executor.submit(self._write, end, record, set(keep))
+        except RuntimeError as error:  # by then Python starts no work in threads any more
+            shutil.rmtree(self._path(step), ignore_errors=True)
+            raise self._failed(step, "the program is ending, or this was closed") from error
 
     def check(self) -> None:
-        """Raise the error of a save that has failed since; it doesn't wait."""
-        if self._pending and self._pending[1].done():
+        """Raise the error of a save that has failed since; it doesn't wait.
+
+        Of several processes one may know before the others, which would wait for it in the next step. So
+        there it does nothing: all learn of it when the next save begins, or in `wait`.
+        """
+        if hosts.count() == 1 and self._pending and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
         """Wait until nothing is being saved.
 
         Raises:
-            CheckpointError: if the save failed.
+            CheckpointError: if the save failed, on whichever process.
         """
-        if not self._pending:
-            return
-        (step, future), self._pending = self._pending, None
-        try:
-            future.result()
-        except Exception as error:
-            if step not in self.steps():
-                shutil.rmtree(self._folder_of(step), ignore_errors=True)
-            raise self._failed(step, error) from error
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Manifest]:
         """Read a step.
@@ -207,156 +251,204 @@ class Checkpoints:
             the state, with those shardings, and the manifest.
 
         Raises:
-            CheckpointError: if a file is damaged, or the state is another model's or optimizer's.
+            DamagedError: if a file isn't what was written.
+            CheckpointError: if the state is another model's or optimizer's, or can't be read.
         """
-        manifest = self.manifest(step)
-        wanted = _describe(_as_dict(abstract))
-        for name in sorted(wanted.keys() | manifest.arrays.keys()):
-            found, expected = manifest.arrays.get(name), wanted.get(name)
-            if found != expected:
+        found = self.manifest(step)
+        wanted = describe(_as_dict(abstract))
+        for name in sorted(wanted.keys() | found.arrays.keys()):
+            there, here = found.arrays.get(name), wanted.get(name)
+            if there != here:
                 raise errors.CheckpointError(
-                    f"the checkpoint in {self._folder_of(step)} is of another model or optimizer: "
-                    f"{name} is {found or 'missing'} there and {expected or 'missing'} here"
+                    f"the checkpoint in {self._path(step)} is of another model or optimizer: "
+                    f"{name} is {there or 'missing'} there and {here or 'missing'} here"
                 )
-        self._verify(step, manifest)
         try:
-            restored = _orbax().load(str(self._folder_of(step) / "state"), _as_dict(abstract))
+            if self._whole.get(step) != found:
+                self._check_files(step)
+        except errors.DamagedError as error:
+            raise errors.DamagedError(f"{error}; choose another step") from error
+        loaded: list[PyTree] = []
+        together(
+            "checkpoints/restore",
+            lambda: loaded.append(self._load(step, abstract, wanted)),
+            timeout_s=_TIMEOUT_S,
+        )
+        # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
+        return TrainState(**jax.tree.map(jnp.copy, loaded[0])), found
+
+    def _load(self, step: int, abstract: TrainState, wanted: Mapping[str, str]) -> PyTree:
+        try:
+            restored = array_store.load(self._path(step) / _STATE, _as_dict(abstract))
         except Exception as error:
+            manifest.check_is_there(self._path(step), step)
             raise errors.CheckpointError(
-                f"the checkpoint in {self._folder_of(step)} can't be read: {_first_line(error)}"
+                f"the checkpoint in {self._path(step)} can't be read: {first_line(error)}"
             ) from error
-        if _describe(restored) != wanted:  # Orbax reads in threads, which know no context of JAX's
+        manifest.check_is_there(self._path(step), step)  # else parts of it may be missing
+        if describe(restored) != wanted:  # Orbax reads in threads, which know no context of JAX's
             raise errors.CheckpointError(
                 "the checkpoint holds 64-bit arrays: enable them for the whole process, JAX_ENABLE_X64=1"
             )
-        # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        return TrainState(**jax.tree.map(jnp.copy, restored)), manifest
+        return restored
 
-    def _write(
-        self,
-        step: int,
-        arrays: PyTree,
-        described: Mapping[str, str],
-        score: float | None,
-        extra: Mapping[str, Any],
-        keep: set[int],
-    ) -> None:
-        folder = self._folder_of(step)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _orbax().save(str(folder / "state"), arrays)
-        files = {}
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            _sync(path)
-            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, _digest(path))
-        for path in folder.rglob("*/"):
-            _sync(path)
-        content = {
-            "format": _FORMAT,
-            "step": step,
-            "score": score,
-            "arrays": described,
-            "files": files,
-            "extra": extra,
-            "versions": {"jaxnets": __version__, "jax": jax.__version__},
-        }
-        write_atomically(
-            folder / MANIFEST, json.dumps({"content": content, "sha256": _seal(content)}, indent=1)
-        )
-        _sync(self.folder)
-        # The step is complete. What can't be deleted now is tried again after the next save.
-        with contextlib.suppress(OSError):
-            for old in set(self.steps()) - keep - {step, *self.ranked()[: self._num_best]}:
-                self.discard(old)
+    def _begin(self, step: int) -> bool:
+        """Make the step's folder; whether it is to be written."""
+        folder = self._path(step)
+        if (folder / MANIFEST).exists():
+            return False
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise self._failed(step, self._why(error)) from error
+        return True
 
-    def _verify(self, step: int, manifest: Manifest) -> None:
-        folder = self._folder_of(step)
-        for name, (size, digest) in manifest.files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
+    def _write(self, end: Callable[[], None], record: Manifest, keep: set[int]) -> None:
+        """What a save does behind: here nothing may be asked of the devices."""
+        folder = self._path(record.step)
+
+        def write() -> dict[str, tuple[int, str]]:
+            try:
+                end()
+                return manifest.seal_files(folder, array_store.own_files(folder))
+            except Exception as error:
+                raise errors.CheckpointError(self._why(error)) from error
+
+        parts, failure = [], None
+        try:
+            parts = together("checkpoint/written", write, timeout_s=_TIMEOUT_S)
+        except errors.CheckpointError as error:
+            failure = error
+
+        def complete() -> None:
+            try:
+                if failure:
+                    raise failure
+                self._complete(record, parts)
+            except Exception as error:
                 if not (folder / MANIFEST).exists():
-                    raise errors.CheckpointError(
-                        f"the checkpoint of step {step} was deleted while it was read; a newer one is "
-                        "there: try again"
-                    )
-                raise self._damaged(step, name)
+                    shutil.rmtree(folder, ignore_errors=True)
+                why = str(error) if error is failure else self._why(error)
+                raise self._failed(record.step, why) from (error.__cause__ or error)
+            # The step is complete. What can't be deleted now is tried again after the next save.
+            with contextlib.suppress(OSError):
+                self._discard_old(keep | {record.step})
 
-    def _damaged(self, step: int, name: str) -> errors.CheckpointError:
-        return errors.CheckpointError(
-            f"the checkpoint of step {step} is damaged: {self._folder_of(step) / name} is not what "
-            "was written; delete that step's folder to go on from an earlier one, if there is one"
+        by_first("checkpoint/complete", complete, timeout_s=_TIMEOUT_S)
+
+    def _complete(self, record: Manifest, parts: Sequence[Mapping[str, tuple[int, str]]]) -> None:
+        folder = self._path(record.step)
+        for path in folder.rglob("*/"):
+            files.sync(path)
+        written = {name: found for part in parts for name, found in sorted(part.items())}
+        manifest.write_manifest(folder, dataclasses.replace(record, files=written))
+        files.sync(self.folder)
+
+    def _discard_old(self, keep: set[int]) -> None:
+        steps = self._steps()
+        keep = keep | set(steps[-self._num_recent :]) | set(self._ranked()[: self._num_best])
+        for old in set(steps) - keep:
+            self._discard(old)
+
+    def _discard(self, step: int) -> None:
+        # The manifest goes first, so that a kill in between leaves nothing half-valid.
+        (self._path(step) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self._path(step))
+
+    def _steps(self) -> list[int]:
+        return sorted(
+            int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit()
         )
 
-    def _failed(self, step: int, error: Exception) -> errors.CheckpointError:
-        why = _first_line(error)
-        full = getattr(error, "errno", None) == errno.ENOSPC or re.search(
+    def _ranked(self) -> list[int]:
+        scores = {}
+        for step in self._steps():
+            with contextlib.suppress(errors.CheckpointError):  # damaged, or deleted while we look
+                scores[step] = self._manifest(step).score
+        scored = [step for step, score in scores.items() if score is not None and score == score]
+        return sorted(scored, key=lambda step: (-self._sign * scores[step], step))
+
+    def _manifest(self, step: int) -> Manifest:
+        try:
+            return manifest.read_manifest(self._path(step))
+        except FileNotFoundError:
+            there = ", ".join(map(str, self._steps())) or "none"
+            raise errors.CheckpointError(
+                f"no checkpoint of step {step} in {self.folder} (there are: {there})"
+            ) from None
+
+    def _check_files(self, step: int) -> None:
+        """Make sure that a step is whole; each process looks at a part of it."""
+        found = self.manifest(step)
+        part = {"part": hosts.index(), "num_parts": hosts.count()}
+        together(
+            "checkpoints/check",
+            lambda: manifest.check_files(self._path(step), found, **part),
+            timeout_s=_TIMEOUT_S,
+        )
+        self._whole[step] = found
+
+    def _set_aside(self, damaged: Mapping[int, str], whole: int) -> list[str]:
+        lines = []
+        for step, why in damaged.items():
+            aside = self.folder / f"{step:08d}{_DAMAGED}"
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = self.folder / f"{step:08d}{_DAMAGED}.{number}"
+            try:
+                self._path(step).rename(aside)
+            except OSError as error:
+                raise errors.CheckpointError(
+                    f"{why}; it can't be renamed: {first_line(error)}"
+                ) from error
+            lines.append(f"{why}; it is kept as {aside.name}, and step {whole} is taken instead")
+        return lines
+
+    def _why(self, error: Exception) -> str:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
             r"no space|disk quota|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE
         )
-        if full:
-            free = shutil.disk_usage(_existing(self.folder)).free
-            why = f"the disk is full ({free:,} bytes are free)"
-        latest = self.latest()
+        if not full:
+            return first_line(error)
+        free = shutil.disk_usage(files.existing(self.folder)).free
+        return f"the disk is full ({free:,} bytes are free)"
+
+    def _failed(self, step: int, why: str) -> errors.CheckpointError:
+        latest = max(self._steps(), default=None)
         last = "there is no earlier one" if latest is None else f"that of step {latest} is unharmed"
         return errors.CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {why}; {last}"
         )
 
-    def _folder_of(self, step: int) -> Path:
+    def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or the next start after a kill, sees all of it or the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+_open: "weakref.WeakSet[Checkpoints]" = weakref.WeakSet()
+_is_registered = False
 
 
-def _orbax() -> Any:
-    """Orbax, imported when it is first needed: a new run's first step need not wait for it."""
-    from orbax.checkpoint import v1
+def _wait_at_exit(checkpoints: Checkpoints) -> None:
+    """See to it that the program doesn't end within a save, or with one that failed in silence."""
+    global _is_registered
+    _open.add(checkpoints)
+    if not _is_registered:
+        # `atexit` comes too late: by then Python starts no work in threads any more, as Orbax must.
+        with contextlib.suppress(RuntimeError):  # the program is ending
+            threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]
+        _is_registered = True
 
-    return v1
+
+def _finish() -> None:
+    for checkpoints in list(_open):
+        try:
+            checkpoints.wait()
+        except errors.UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _describe(tree: PyTree) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_of(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
-
-
-def _is_step(manifest: Path) -> bool:
-    return manifest.parent.name.isdigit()
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

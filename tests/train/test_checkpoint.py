@@ -91,9 +91,10 @@ def test_the_latest_and_the_best_are_kept(tmp_path, strategy):
             checkpoints.save(at_step(state, step), score=score)
             checkpoints.wait()
             assert checkpoints.latest() == step
-        assert checkpoints.steps() == [2, 5]
+        assert checkpoints.steps() == [2, 4, 5]
         assert checkpoints.best() == 2
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["00000002", "00000005"]
+    names = ["00000002", "00000004", "00000005"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == names
     with Checkpoints(tmp_path / "d", maximize=False) as checkpoints:
         for step, score in enumerate([0.5, 0.1, 0.3], start=1):
             checkpoints.save(at_step(state, step), score=score)
@@ -104,7 +105,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, strategy):
 def test_several_of_the_best_are_kept(tmp_path, strategy):
     state = strategy.init(make_state)
     kept = []
-    with Checkpoints(tmp_path / "c", num_best=2) as checkpoints:
+    with Checkpoints(tmp_path / "c", num_best=2, num_recent=1) as checkpoints:
         for step, score in enumerate([0.1, 0.7, float("nan"), None, 0.7, 0.3, 0.8], start=1):
             checkpoints.save(at_step(state, step), score=score)
             checkpoints.wait()
@@ -113,6 +114,8 @@ def test_several_of_the_best_are_kept(tmp_path, strategy):
     assert kept == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [2, 5], [2, 5, 6], [2, 7]]
     with pytest.raises(errors.ConfigError, match="not the best 0"):
         Checkpoints(tmp_path / "c", num_best=0)
+    with pytest.raises(errors.ConfigError, match="the latest checkpoint is kept, not 0"):
+        Checkpoints(tmp_path / "c", num_recent=0)
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_goes(saved, strategy):
@@ -195,9 +198,9 @@ def test_a_failed_save_is_told_and_leaves_the_last_good_one(saved, strategy, mon
         raise OSError(28, "No space left on device")
 
     with Checkpoints(folder) as checkpoints:
-        monkeypatch.setattr("orbax.checkpoint.v1.save", full)
+        monkeypatch.setattr("orbax.checkpoint.v1.save_async", full)
         checkpoints.save(at_step(state, 4))
-        concurrent.futures.wait([checkpoints._pending[1]])
+        concurrent.futures.wait([checkpoints._pending])
         with pytest.raises(errors.CheckpointError, match=r"disk is full.*step 3 is unharmed"):
             checkpoints.check()
         assert checkpoints.steps() == [3]
