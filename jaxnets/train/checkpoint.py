@@ -143,6 +143,24 @@ class Checkpoints:
         (self._folder_of(step) / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self._folder_of(step))
 
+    def amend(self, step: int, *, score: float | None, extra: Mapping[str, Any]) -> None:
+        """Give a step that was saved before its evaluation what belongs to it; all of it or nothing.
+
+        Args:
+            step: one of `steps()`.
+            score: as in `save`.
+            extra: as in `save`; it replaces what was there.
+
+        Raises:
+            CheckpointError: if there is no such step, or its manifest is damaged.
+        """
+        self.wait()
+        self.manifest(step)
+        path = self._folder_of(step) / MANIFEST
+        content = json.loads(path.read_bytes())["content"]
+        content |= {"score": score, "extra": dict(extra)}
+        write_atomically(path, _sealed(content))
+
     def save(
         self,
         state: TrainState,
@@ -260,9 +278,7 @@ class Checkpoints:
             "extra": extra,
             "versions": {"jaxnets": __version__, "jax": jax.__version__},
         }
-        write_atomically(
-            folder / MANIFEST, json.dumps({"content": content, "sha256": _seal(content)}, indent=1)
-        )
+        write_atomically(folder / MANIFEST, _sealed(content))
         _sync(self.folder)
         # The step is complete. What can't be deleted now is tried again after the next save.
         with contextlib.suppress(OSError):
@@ -339,6 +355,10 @@ def _is_step(manifest: Path) -> bool:
 def _seal(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    return json.dumps({"content": content, "sha256": _seal(content)}, indent=1)
 
 
 def _digest(path: Path) -> str:

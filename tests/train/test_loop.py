@@ -24,8 +24,9 @@ from jaxnets.train import (
     make_train_step,
     sharding,
 )
-from jaxnets.train.hooks import Evaluate, LogMetrics, Profile, ShowProgress, StopOnSignal
+from jaxnets.train.hooks import Evaluate, LogMetrics, Profile, ShowProgress
 from jaxnets.train.metrics_log import MetricsLog
+from jaxnets.train.preemption import StopOnSignal
 
 DATA = {"x": np.arange(12, dtype=np.float32)}
 TX = optax.sgd(0.01)
