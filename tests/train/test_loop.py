@@ -300,9 +300,7 @@ def test_a_signal_stops_after_the_step():
             if number == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        before = signal.getsignal(signal.SIGTERM)
         state, reason = fit(step, state, Batches(12, 4, 36), hooks=[send, stop])
-        assert signal.getsignal(signal.SIGTERM) != before  # a second one kills
     assert (int(state.step), reason) == (3, "SIGTERM")
 
 
