@@ -35,8 +35,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopOnSignal:
     """Stop after the step in which SIGTERM or SIGINT arrived; a second one ends the process at once.
 
-    As a hook it comes last. It may be asked elsewhere too whether to stop, as evaluation does before
-    each batch; with several processes all must ask equally often.
+    As a hook it comes last, and its `note` first. It may be asked elsewhere too whether to stop, as
+    evaluation does before each batch; with several processes all must ask equally often.
 
     The process ends without coming back here, with the status 128 + n and the last checkpoint intact:
 
@@ -65,6 +65,10 @@ class StopOnSignal:
         self._is_back = threading.Event()
         self._is_due = False
         self._num_asked = 0
+
+    def note(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """A hook for the first place: from here on there is something to lose."""
+        self._step = step
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> str | None:
         """The reason to stop, if a signal arrived."""

@@ -27,6 +27,7 @@ LIMITED = ("data", "step", "evaluate")
 _POLL_S = 1.0
 _SETTLE_S = 5.0  # another process's error is often ours too, and then we say it ourselves
 _KEY = "jaxnets/watchdog"
+_is_ending = threading.Event()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -140,19 +141,21 @@ class Watchdog:
             self._end(heard["why"], is_first_to_know=False)
 
     def _end(self, why: str, *, is_first_to_know: bool) -> None:
+        _is_ending.set()
         faulthandler.cancel_dump_traceback_later()
         with suppress(OSError):
             here = "" if is_first_to_know else f" Here, in {_who()}, it was {self._now[0]!r}."
             os.write(2, f"watchdog: {why}.{here} The stacks of all threads:\n".encode())
             faulthandler.dump_traceback(file=2, all_threads=True)
             os.write(2, b"watchdog: ended; the same command goes on from the last checkpoint\n")
-        if is_first_to_know and hosts.count() > 1:
-            # In a thread, as the coordinator may be what hangs.
-            teller = threading.Thread(target=_tell, args=(why,), daemon=True)
-            teller.start()
-            teller.join(3 * self._poll_s)
-            if hosts.is_first():  # with this process ends the coordinator, and nobody hears any more
+        if hosts.count() > 1:
+            if is_first_to_know:
+                # In a thread, as the coordinator may be what hangs. Then wait until the others have
+                # heard it, or they would see a broken connection first.
+                threading.Thread(target=_tell, args=(why,), daemon=True).start()
                 time.sleep(3 * self._poll_s)
+            if hosts.is_first():  # who is left without the coordinator, JAX aborts
+                time.sleep(4 * self._poll_s)
         os._exit(EXIT)
 
 
@@ -177,6 +180,8 @@ def leave(status: int) -> NoReturn:
 
     At the interpreter's end JAX would wait for them until they are taken for dead, and then abort.
     """
+    if _is_ending.is_set():  # of which the error is a consequence
+        time.sleep(60)
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
