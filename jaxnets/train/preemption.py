@@ -49,6 +49,7 @@ class StopOnSignal:
         grace_s: how long after SIGTERM the loop may take to come back, in seconds; 0 for no limit. It
             should be less than what the machine gives before it kills.
         saved: `saved()` is the step of the newest whole checkpoint, or None; asked from another thread.
+            Without it nothing is taken for saved.
 
     Attributes:
         signal: the number of the signal that arrived, or None.
@@ -56,7 +57,7 @@ class StopOnSignal:
     """
 
     def __init__(
-        self, *, grace_s: float = GRACE_S, saved: Callable[[], int | None] = lambda: None
+        self, *, grace_s: float = GRACE_S, saved: Callable[[], int | None] | None = None
     ) -> None:
         self.signal: int | None = None
         self.saved = saved
@@ -149,14 +150,14 @@ class StopOnSignal:
             over = [name for name, deadline in deadlines.items() if deadline <= now]
             for name in over:
                 del deadlines[name]
-            if "settle" in over and (self._step is None or self._step == self._saved()):
+            if "settle" in over and self.saved and self._step in (None, self._saved()):
                 self._end(first, "nothing was trained that isn't saved: stopped at once")
             if "grace" in over:
                 self._end(first, f"the step took more than {self._grace_s:g} s: stopped without a save")
 
     def _saved(self) -> int | None:
         with suppress(Exception):  # a folder that can't be read must not keep the process
-            return self.saved()
+            return self.saved() if self.saved else None
         return None
 
     def _end(self, number: int, why: str) -> None:

@@ -38,7 +38,7 @@ def slow(x):
         x = jnp.tanh(x @ x + i).T
     return x
 
-with StopOnSignal().installed():
+with StopOnSignal(saved=lambda: None).installed():
     lowered = jax.jit(slow).lower(np.ones((8, 8), np.float32))
     print("ready", flush=True)
     lowered.compile()
