@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,13 @@ with StopOnSignal(saved=lambda: None).installed():
     print("ready", flush=True)
     lowered.compile()
 print("compiled", flush=True)
+"""
+WORKERS = """
+from jaxnets.data import Arrays, Batches, Stream
+
+stream = Stream(Arrays({"x": np.zeros((100, 1000))}), Batches(100, 8, 80_000), num_workers=2)
+stream[0], stream[1]
+print(*stream.worker_pids, flush=True)
 """
 HANG = """
 with StopOnSignal(grace_s=1, saved=lambda: 7).installed() as stop:
@@ -82,12 +90,26 @@ LATE = "the step took more than 1 s: stopped without a save; the checkpoint of s
 TWICE = "once more: stopped at once; the checkpoint of step 7 is whole"
 ALONE = {
     # name: script, signals, what it says at last
-    "compile": (COMPILE, [signal.SIGTERM], AT_ONCE),
+    "compile": (WORKERS + COMPILE, [signal.SIGTERM], AT_ONCE),
     "compile, Ctrl-C": (COMPILE, [signal.SIGINT], AT_ONCE),
     "hang": (HANG, [signal.SIGTERM], LATE),
     "hang, Ctrl-C twice": (HANG, [signal.SIGINT, signal.SIGINT], TWICE),
     "save": (SAVE, [signal.SIGTERM], "the checkpoint of step 1 is whole"),
 }
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def has_ended(pids, seconds=10.0):
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
 
 
 def test_a_signal_while_the_main_thread_cannot_answer(tmp_path):
@@ -105,7 +127,7 @@ def test_a_signal_while_the_main_thread_cannot_answer(tmp_path):
             if len(signals) > 1:
                 time.sleep(2.5)  # beyond the grace time, which isn't for Ctrl-C
                 children[name].send(0, signals[1])
-        for name, (_, signals, last) in ALONE.items():
+        for name, (script, signals, last) in ALONE.items():
             (ended,) = children[name].wait(60)
             assert ended.code == 128 + signals[0], (name, ended)
             first = f"{signals[0].name}: saving after this step; once more stops at once"
@@ -113,6 +135,8 @@ def test_a_signal_while_the_main_thread_cannot_answer(tmp_path):
             assert f"{signals[0].name}, " in ended.err.splitlines()[-1], name
             assert last in ended.err.splitlines()[-1], (name, ended.err)
             assert "compiled" not in ended.out
+            if "Stream" in script:  # the workers that read its data have ended with it
+                assert has_ended([int(pid) for pid in ended.out.splitlines()[0].split()])
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps() == [1]
     assert checkpoints.clean() == ["00000002"]  # what was being saved isn't taken for a checkpoint
