@@ -1,4 +1,4 @@
-"""The commands that belong to no experiment: `python -m jaxnets list, inspect, doctor, version`."""
+"""The commands that belong to no experiment: `python -m jaxnets list, inspect, doctor, launch, ...`."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxnets import defects, errors, registry
+from jaxnets import defects, errors, launch, registry
 from jaxnets.config import read_words
 from jaxnets.version import __version__
 
@@ -46,6 +46,17 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Launch:
+    """A command in several processes of this machine, which stand in for hosts: FLAGS -- COMMAND."""
+
+    num_processes: int
+    """How many."""
+    devices_per_process: int | None = None
+    """So many devices of the CPU in each; what is there by default."""
+    command: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Version:
     """The version of jaxnets."""
 
@@ -61,7 +72,13 @@ def main(argv: Sequence[str]) -> int:
         if argv[0] not in _COMMANDS:
             raise errors.unknown("command", argv[0], _COMMANDS)
         kind, run = _COMMANDS[argv[0]]
-        arguments = read_words(kind, argv[1:], prog=f"python -m jaxnets {argv[0]}")
+        words, command = list(argv[1:]), ()
+        if kind is Launch and "--" in words:
+            at = words.index("--")
+            words, command = words[:at], tuple(words[at + 1 :])
+        arguments = read_words(kind, words, prog=f"python -m jaxnets {argv[0]}")
+        if isinstance(arguments, Launch):
+            arguments = dataclasses.replace(arguments, command=command)
         for file in getattr(arguments, "plugin", ()):
             registry.load_file(file)
         status = run(arguments) or 0
@@ -137,10 +154,20 @@ def examine(arguments: Doctor) -> int:
     return int(any(finding.is_here for finding in findings))
 
 
+def launch_command(arguments: Launch) -> int:
+    """Run the command in several processes; their status."""
+    return launch.launch(
+        arguments.command,
+        arguments.num_processes,
+        devices_per_process=arguments.devices_per_process,
+    )
+
+
 _COMMANDS: dict[str, tuple[type, Callable]] = {
     "list": (List, list_components),
     "inspect": (Inspect, inspect_model),
     "doctor": (Doctor, examine),
+    "launch": (Launch, launch_command),
     "version": (Version, lambda arguments: print(__version__)),
 }
 

@@ -186,6 +186,26 @@ class Checkpoints:
             return None, None, lines
         return *self.restore(step, abstract), lines
 
+    def amend(self, step: int, *, score: float | None, extra: Mapping[str, Any]) -> None:
+        """Give a step that was saved before its evaluation what belongs to it; all of it or nothing.
+
+        Args:
+            step: one of `steps()`.
+            score: as in `save`.
+            extra: as in `save`; it replaces what was there.
+
+        Raises:
+            CheckpointError: if there is no such step, or its manifest is damaged.
+        """
+        self.wait()
+
+        def amend() -> None:
+            record = dataclasses.replace(self._manifest(step), score=score, extra=dict(extra))
+            manifest.write_manifest(self._path(step), record)
+
+        by_first("checkpoints/amend", amend)
+        self._whole.pop(step, None)
+
     def save(
         self,
         state: TrainState,

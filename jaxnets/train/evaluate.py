@@ -14,6 +14,10 @@ from jaxnets.typing import Batch, EvalFn, Indexed, PyTree
 IN_FLIGHT = 4  # batches
 
 
+class Stopped(Exception):
+    """An evaluation was broken off; nothing of it counts."""
+
+
 def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable[..., PyTree]:
     """Make `step(state, batch) -> sums` over the global batch.
 
@@ -37,7 +41,12 @@ def make_eval_step(eval_fn: EvalFn, *, axis_name: str | None = None) -> Callable
 
 
 def evaluate(
-    eval_step: Callable[..., PyTree], state: TrainState, batches: Indexed
+    eval_step: Callable[..., PyTree],
+    state: TrainState,
+    batches: Indexed,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[str], None] = lambda section: None,
 ) -> dict[str, float | int]:
     """Evaluate over all batches.
 
@@ -47,12 +56,20 @@ def evaluate(
         eval_step: compiled, `eval_step(state, batch_or_draw) -> sums`.
         state: read only.
         batches: an indexable sequence of batches or draws, with masks.
+        should_stop: asked before each batch.
+        beat: told what begins: "compile" with the first batch, "evaluate" with each of the others.
 
     Returns:
         each metric's value, and "count", the number of examples.
+
+    Raises:
+        Stopped: if it should stop.
     """
     parts = []
     for i in range(len(batches)):
+        if should_stop():
+            raise Stopped
+        beat("evaluate" if i else "compile")
         parts.append(eval_step(state, batches[i]))
         if i >= IN_FLIGHT:  # or batches would pile up on the device
             jax.block_until_ready(parts[i - IN_FLIGHT])

@@ -2,11 +2,8 @@
 
 import dataclasses
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxnets.train.checkpoint import Checkpoints
+from jaxnets.train.evaluate import Stopped
 from jaxnets.train.loop import Clock, StepMetrics
 from jaxnets.train.metrics_log import MetricsLog
+from jaxnets.train.preemption import StopOnSignal as StopOnSignal
 from jaxnets.train.state import TrainState
 
 
@@ -57,6 +56,7 @@ class Evaluate:
         is_due: `is_due(step)`.
         results: of the evaluations so far, by step.
         seconds: how long they took.
+        pending: the step whose evaluation was broken off, or None; it is due when the run goes on.
     """
 
     evaluate: Callable[[TrainState], Mapping[str, float]]
@@ -64,6 +64,7 @@ class Evaluate:
     is_due: Callable[[int], bool]
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    pending: int | None = None
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Evaluate if this is such a step."""
@@ -72,13 +73,32 @@ class Evaluate:
         metrics.read()  # a state that a faulty step left as it was is not this step's state
         self.run(step, state)
 
-    def run(self, step: int, state: TrainState) -> None:
-        """Evaluate this step."""
+    def run(self, step: int, state: TrainState) -> bool:
+        """Evaluate this step; whether it was done to the end."""
         start = time.perf_counter()
-        values = dict(self.evaluate(state))
+        try:
+            values = dict(self.evaluate(state))
+        except Stopped:
+            self.pending = step
+            return False
+        self.pending = None
         self.results[step] = values
         self.log.write(step, {f"eval/{name}": value for name, value in values.items()})
         self.seconds += time.perf_counter() - start
+        return True
+
+    def catch_up(self, step: int, state: TrainState) -> bool:
+        """Evaluate a step that was saved before its evaluation; whether it was done to the end."""
+        rows = [row for row in self.log.rows if row["step"] == step and "eval/count" in row]
+        if not rows:
+            return self.run(step, state)
+        # The run was stopped between the evaluation and what `amend` does.
+        self.results[step] = {
+            name.removeprefix("eval/"): math.nan if value is None else value
+            for name, value in rows[-1].items()
+            if name.startswith("eval/")
+        }
+        return True
 
 
 @dataclasses.dataclass
@@ -182,40 +202,6 @@ class Profile:
         elif self._is_recording and self._stop is not None and step >= self._stop:
             metrics.read()
             self.__exit__()
-
-
-class StopOnSignal:
-    """Stop after the step in which SIGTERM or SIGINT arrived; the second one kills as usual.
-
-    Attributes:
-        signal: the number of the signal that arrived, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> str | None:
-        """The reason to stop, if a signal arrived."""
-        return None if self.signal is None else signal.Signals(self.signal).name
-
-    @contextmanager
-    def installed(self) -> Iterator["StopOnSignal"]:
-        """Listen while this is open."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        old = {number: signal.getsignal(number) for number in numbers}
-
-        def listen(number: int, _: object) -> None:
-            self.signal = number
-            os.write(2, b"stopping after this step; once more stops at once\n")
-            signal.signal(number, old[signal.Signals(number)])
-
-        for number in numbers:
-            signal.signal(number, listen)
-        try:
-            yield self
-        finally:
-            for number in numbers:
-                signal.signal(number, old[number])
 
 
 class ShowProgress:

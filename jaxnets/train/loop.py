@@ -160,6 +160,7 @@ def fit(
     clock: Clock | None = None,
     later: Mapping[int, TrainStep] | None = None,
     several: Several | None = None,
+    beat: Callable[[str], None] = lambda section: None,
 ) -> tuple[TrainState, str | None]:
     """Train from `state.step` to the end of `batches`.
 
@@ -176,6 +177,7 @@ def fit(
         later: what to call instead of `train_step`, by the step, counted from 0, from which on.
         several: takes several steps in one call where nothing needs the state in between; the batches
             are arrays on the host then.
+        beat: told what begins: "data", "compile", "step" with the hooks after it, and "end".
 
     Returns:
         the state, and the reason why a hook stopped the run, or None.
@@ -186,7 +188,7 @@ def fit(
     clock = clock or Clock()
     programs = {0: train_step, **(later or {})}
     i, end = int(state.step), len(batches)
-    previous, known = None, set()
+    previous, known, stop = None, set(), None
     while i < end:
         begin = max(begin for begin in programs if begin <= i)
         count = several.num_steps if several and several.fits(i, end) else 1
@@ -197,13 +199,16 @@ def fit(
             previous.check()  # or its time would be taken for compilation
         start = time.perf_counter()
         # 1. Draw the batch, or several.
+        beat("data")
         batch = batches[i] if count == 1 else stack([batches[i + k] for k in range(count)])
         drawn = time.perf_counter()
         # 2. Dispatch; the device works while we go on.
+        beat("compile" if is_new else "step")
         state, values = program(state, batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
         if is_new:
             jax.block_until_ready(values)
+            beat("step")
         dispatched = time.perf_counter()
         if is_new:
             clock.compile += dispatched - start
@@ -228,11 +233,11 @@ def fit(
         stop = next((reason for reason in reasons if reason), None)
         clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
         if stop:
-            previous.check()
-            return state, stop
+            break
     if previous is not None:
         previous.check()
-    return state, None
+    beat("end")
+    return state, stop
 
 
 def stack(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

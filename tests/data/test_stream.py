@@ -45,6 +45,19 @@ class Slow:
         return {"x": np.full(3, self.double(i))}
 
 
+class Unsendable(OSError):
+    """What no pickle takes."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.lock, self.callback = threading.Lock(), lambda: self.lock
+
+
+class Faulty(Slow):
+    def __getitem__(self, i):
+        raise Unsendable(f"example {i} is gone")
+
+
 class Marks:
     """Leaves a file for each example that is being read; may wait for that of a neighbour."""
 
@@ -186,6 +199,17 @@ def test_an_example_that_cannot_be_read(num_workers, fault, message):
             _ = stream[3]
         assert str(caught.value) == message  # where it was raised stands in its notes, or its cause
         assert stream[4]["x"][0, 0] == 32  # what comes after it can be read
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_that_cannot_be_sent_says_what_it_was(num_workers):
+    batches = Batches(1000, 1, 4, shuffle=False)
+    with (
+        Stream(Faulty(), batches, num_workers=num_workers) as stream,
+        pytest.raises(errors.DataError) as caught,
+    ):
+        _ = stream[0]
+    assert str(caught.value) == "reading the data failed with Unsendable: example 0 is gone"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -1,0 +1,211 @@
+"""The launcher, with small programs in place of experiments, and what happens when anyone dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxnets import errors, launch
+
+ROOT = Path(launch.__file__).parents[1]
+LAUNCH = """
+import sys
+from jaxnets import launch
+launch._KILL_S = 0.5
+sys.exit(launch.launch([sys.executable, "-u", *sys.argv[2:]], int(sys.argv[1]), settle_s=0.5))
+"""
+CHILD = """
+import os, signal, sys, time
+index = int(sys.argv[-1])
+print("pid", os.getpid(), flush=True)
+"""
+
+
+class Launcher:
+    """A launcher in a process, and a group, of its own."""
+
+    def __init__(self, script, num_processes=2, command=None):
+        words = command or ["-c", LAUNCH, str(num_processes), "-c", CHILD + script]
+        self.process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.out = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+        for pid in self.pids():
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    def pids(self):
+        return [int(pid) for pid in re.findall(r"\[\d\] pid (\d+)", self.out)]
+
+    def read_until(self, text, count):
+        while self.out.count(text) < count:
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.out += line
+
+    def end(self):
+        out, err = self.process.communicate(timeout=60)
+        self.out += out
+        return self.process.returncode, sorted(self.out.splitlines()), err
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def has_ended(pids, seconds=20.0):
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
+
+
+def test_each_process_is_told_who_it_is():
+    script = (
+        "print(*sys.argv[1:]); print('half a line', end='', file=sys.stderr); sys.exit(4 * (index == 1))"
+    )
+    with Launcher(script, 3) as launcher:
+        status, out, err = launcher.end()
+    assert status == 4
+    told = [re.sub(r"127\.0\.0\.1:\d+", "HERE", line) for line in out if "pid" not in line]
+    flags = "--coordinator HERE --num-processes 3 --process-id"
+    assert told == [f"[{i}] {flags} {i}" for i in range(3)]
+    assert len({line.split()[2] for line in out if "coordinator" in line}) == 1
+    for i in range(3):
+        assert f"[{i}] half a line\n" in err
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("sys.exit(3)", 3, "process 1 ended with 3; the others are ended after 0.5 s"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 was killed by SIGKILL; the others"),
+    ],
+)
+def test_one_that_fails_ends_the_others(how, status, said, tmp_path):
+    """Also one that doesn't listen to SIGTERM."""
+    script = f"""
+def told(*_):
+    print("told", flush=True)
+    if index == 0:
+        sys.exit(9)
+signal.signal(signal.SIGTERM, told)
+open(f"{tmp_path}/{{index}}", "w").close()
+while index == 1:
+    time.sleep(0.01)
+    if len(os.listdir("{tmp_path}")) == 3:
+        {how}
+while True:
+    time.sleep(1)
+"""
+    with Launcher(script, 3) as launcher:
+        found, out, err = launcher.end()
+        assert found == status
+        assert f"launch: {said}" in err
+        assert [line for line in out if "told" in line] == ["[0] told", "[2] told"]
+        assert not any(map(is_alive, launcher.pids()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_each_process_once(number):
+    """Though Ctrl-C is for the launcher's whole group; and the second one too."""
+    script = f"""
+count = 0
+def told(*_):
+    global count
+    count += 1
+    print("told", count, flush=True)
+signal.signal({int(number)}, told)
+print("ready", flush=True)
+while count < 2:
+    time.sleep(0.01)
+time.sleep(0.2)
+sys.exit({128 + number})
+"""
+    with Launcher(script) as launcher:
+        launcher.read_until("ready", 2)
+        os.killpg(launcher.process.pid, number)
+        launcher.read_until("told 1", 2)
+        time.sleep(0.3)
+        os.killpg(launcher.process.pid, number)
+        status, out, err = launcher.end()
+    assert status == 128 + number
+    assert [line for line in out if "told" in line] == [
+        f"[{i}] told {n}" for i in (0, 1) for n in (1, 2)
+    ]
+    assert err == ""
+
+
+def test_who_does_not_end_after_a_second_signal_is_killed():
+    script = """
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    with Launcher(script) as launcher:
+        launcher.read_until("ready", 2)
+        for _ in range(2):
+            launcher.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        status, _, _ = launcher.end()
+        assert status == 128 + signal.SIGKILL
+        assert not any(map(is_alive, launcher.pids()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_no_process_outlives_a_launcher_that_is_killed():
+    script = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    with Launcher(script) as launcher:
+        launcher.read_until("ready", 2)
+        pids = launcher.pids()
+        assert len(pids) == 2
+        assert all(map(is_alive, pids))
+        launcher.process.kill()
+        assert has_ended(pids)
+
+
+def test_processes_find_one_another(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from jaxnets.train import hosts\n"
+        "words = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        "hosts.join(words['--coordinator'], int(words['--num-processes']), int(words['--process-id']))\n"
+        "import jax\n"
+        "print(jax.default_backend(), jax.local_device_count(), jax.device_count(), hosts.index())\n"
+        "hosts.barrier('end')\n"
+    )
+    flags = ["--num-processes", "2", "--devices-per-process", "3"]
+    command = ["-m", "jaxnets", "launch", *flags, "--", sys.executable, str(script)]
+    with Launcher("", command=command) as launcher:
+        status, out, err = launcher.end()
+    assert status == 0, err
+    assert out == ["[0] cpu 3 6 0", "[1] cpu 3 6 1"]
+
+
+def test_what_cannot_be_launched():
+    for command, arguments, message in (
+        ([], {"num_processes": 2}, "what to launch"),
+        (["ls"], {"num_processes": 0}, "num_processes is 0; it must be at least 1"),
+        (["ls"], {"num_processes": 1, "devices_per_process": 0}, "devices_per_process is 0"),
+        (["no-such-program"], {"num_processes": 1}, "there is no program no-such-program"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            launch.launch(command, **arguments)
