@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,6 +28,7 @@ from jaxnets.train import (
     program_cache,
     run_folder,
     sharding,
+    watchdog,
 )
 
 COMMANDS = ("train", "eval", "duel")
@@ -67,14 +70,22 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         argv: the words of the command line; those of this process by default.
 
     Returns:
-        the exit status: 0, 1 if parity fails, 2 for a user's mistake, 128 + n after signal n.
+        the exit status: 0, 1 if parity fails, 2 for a user's mistake, 70 if the watchdog ended the run,
+        128 + n after signal n.
     """
     # The wait of a user who typed the command began with the process.
     begun = startup.process_start() if argv is None else time.perf_counter()
+    status = _status(experiment, list(sys.argv[1:] if argv is None else argv), begun)
+    if status and hosts.count() > 1:
+        watchdog.leave(status)
+    return status
+
+
+def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(experiment, list(sys.argv[1:] if argv is None else argv), begun)
+            return _run(experiment, argv, begun)
     except errors.ParityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,6 +97,11 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if hosts.count() == 1:
+            raise
+        traceback.print_exc()
+        return 1
 
 
 def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
@@ -152,6 +168,9 @@ def _train(
     begun: float,
     programs: program_cache.Uses,
 ) -> int:
+    for name in ("grace_s", "watchdog_s"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise errors.ConfigError(f"{name} is {getattr(options, name)}; it is at least 0 s")
     for name in ("log_every", "eval_every", "checkpoint_every", "profile_steps"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
@@ -170,7 +189,11 @@ def _train(
         resume=options.resume,
         allow_change=options.allow_change,
     )
-    with opened, hooks.StopOnSignal().installed() as stop:
+    with (
+        opened,
+        hooks.StopOnSignal(grace_s=options.grace_s).installed() as stop,
+        watchdog.Watchdog(options.watchdog_s) as dog,
+    ):
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
         result = runner.train(
             folder,
@@ -179,6 +202,7 @@ def _train(
             strategy,
             usages,
             stop=stop,
+            watchdog=dog,
             on_start=on_start,
             begun=begun,
             programs=programs,
@@ -259,9 +283,9 @@ def _warn_of_defects(strategy: sharding.Strategy) -> None:
     platform = strategy.mesh.devices.flat[0].platform
     line = defects.warning(version, platform, is_guarded=strategy.is_guarded)
     if line and defects.is_news(line):
-        runner.say(f"warning: {line}")
+        hosts.say(f"warning: {line}")
 
 
 def _show_warning(message: Any, category: type, *_: Any) -> None:
     if category is UserWarning:  # ours; those of libraries are not for the user of a command
-        runner.say(f"warning: {message}")
+        hosts.say(f"warning: {message}")

@@ -48,6 +48,11 @@ class RunOptions:
     """Which of them this is, from 0."""
     heartbeat_s: float = 100.0
     """Seconds of silence after which a process of the run is taken for dead, and the others end."""
+    grace_s: float = 25.0
+    """Seconds after SIGTERM in which the run comes to the end of its step and saves; 0 is no limit."""
+    watchdog_s: float = 600.0
+    """End the run with the stacks of all processes if waiting for data, a step or a batch of evaluation
+    takes longer than this, in seconds; 0 is never. Compiling and saving have no limit."""
     threads: int | None = None
     """On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
     little more than a millisecond."""

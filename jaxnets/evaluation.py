@@ -13,6 +13,7 @@ from jaxnets.data import Batches
 from jaxnets.feed import feed, resident
 from jaxnets.recipe import Recipe, count_examples
 from jaxnets.report import draw_predictions
+from jaxnets.train import hosts
 from jaxnets.train.evaluate import evaluate, make_eval_step
 from jaxnets.train.predict import make_predict_step, predict, save_predictions
 from jaxnets.train.sharding import Strategy
@@ -22,9 +23,22 @@ _NUM_SAMPLES = 48  # test images that are drawn
 
 
 def make_evaluator(
-    recipe: Recipe, strategy: Strategy, options: RunOptions | None = None
+    recipe: Recipe,
+    strategy: Strategy,
+    options: RunOptions | None = None,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[str], None] = lambda section: None,
 ) -> Callable[[TrainState], dict[str, float | int]]:
-    """Make `evaluate(state) -> {name: value}` on the recipe's test set."""
+    """Make `evaluate(state) -> {name: value}` on the recipe's test set.
+
+    Args:
+        recipe: whose test set and metrics.
+        strategy: on which devices.
+        options: whether data is streamed, and how.
+        should_stop: asked before each batch; if it says so, `train.evaluate.Stopped` is raised.
+        beat: told what begins.
+    """
     options = options or RunOptions()
     batches = _test_batches(recipe, strategy)
     arrays = resident(recipe.test, options)
@@ -32,7 +46,7 @@ def make_evaluator(
 
     def run(state: TrainState) -> dict[str, float | int]:
         with feed(recipe.test, batches, strategy, options) as fed:
-            return evaluate(step, state, fed)
+            return evaluate(step, state, fed, should_stop=should_stop, beat=beat)
 
     return run
 
@@ -53,6 +67,8 @@ def keep_predictions(
     )
     with feed(recipe.test, _test_batches(recipe, strategy), where, options) as batches:
         predictions = predict(step, state, batches)
+    if not hosts.is_first():
+        return
     size = len(predictions["label"])
     shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
     samples = {i: row_of(recipe.test, i)["image"] for i in shown}

@@ -6,8 +6,7 @@ import functools
 import itertools
 import json
 import platform
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax.errors import FlaxError
+from rich.console import Console
 
-from jaxnets import errors
+from jaxnets import errors, resume
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
 from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
@@ -24,12 +24,14 @@ from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
+from jaxnets.train.hosts import say
 from jaxnets.train.loop import Clock, Several, fit
-from jaxnets.train.metrics_log import MetricsLog, read_rows
+from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
+from jaxnets.train.watchdog import Watchdog
 from jaxnets.typing import LossFn
 from jaxnets.version import __version__
 
@@ -84,6 +86,7 @@ def train(
     usages: Mapping[int, Usage],
     *,
     stop: hooks.StopOnSignal,
+    watchdog: Watchdog,
     on_start: Callable[[], None] = lambda: None,
     begun: float | None = None,
     programs: program_cache.Uses | None = None,
@@ -97,6 +100,7 @@ def train(
         strategy: on which devices.
         usages: as `check_recipe` gives them.
         stop: listens for signals.
+        watchdog: is told what the run is at.
         on_start: called once the state is there and nothing more can be refused.
         begun: when the command was given, in seconds of `time.perf_counter`, for the record.
         programs: of the cache of compiled programs, if one is open, for the record.
@@ -114,12 +118,13 @@ def train(
     with checkpoint.Checkpoints(
         folder / "checkpoints", maximize=recipe.maximize, num_best=options.keep_best
     ) as checkpoints:
-        state, spent = _start(checkpoints, recipe, strategy, folder)
+        state, spent = resume.start(checkpoints, recipe, strategy, folder, make_state(recipe))
         on_start()
         first = int(state.step)
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
-        evaluation = hooks.Evaluate(make_evaluator(recipe, strategy, options), log, schedule.is_eval_due)
+        evaluate = make_evaluator(recipe, strategy, options, should_stop=stop.is_due, beat=watchdog.beat)
+        evaluation = hooks.Evaluate(evaluate, log, schedule.is_eval_due)
         early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
 
         @functools.cache
@@ -133,8 +138,10 @@ def train(
         def mfu(usage: Usage, speed: float) -> float | None:
             return dataclasses.replace(usage, peak=peak()).mfu(speed)
 
-        def progress() -> dict[str, float]:
-            return _add(spent, clock, recipe)
+        def progress() -> dict[str, Any]:
+            # A step that was saved before its evaluation was done is evaluated when the run goes on.
+            is_pending = evaluation.pending is not None
+            return resume.add(spent, clock, recipe, options) | {"eval_pending": is_pending}
 
         saving = hooks.SaveCheckpoint(
             checkpoints,
@@ -144,6 +151,15 @@ def train(
             extra=progress,
             keep=schedule.keep,
         )
+        if hosts.count() == 1:  # of several processes all are asked together, or none
+            stop.saved = checkpoints.latest
+        if spent.get("eval_pending"):
+            if not evaluation.catch_up(first, state):
+                say(f"stopped before the evaluation of step {first}; the same command goes on")
+                log.close()
+                return None
+            rest = {**spent, "eval_pending": False}
+            checkpoints.amend(first, score=evaluation.results[first].get(recipe.monitor), extra=rest)
         arrays = resident(recipe.train, options)
         if arrays is not None:
             arrays = strategy.replicate(dict(arrays))  # once for all programs
@@ -183,6 +199,7 @@ def train(
                     first=first,
                     clock=clock,
                     mfu=lambda step, speed: mfu(usages[max(b for b in usages if b < step)], speed),
+                    console=Console(stderr=True, quiet=not hosts.is_first()),
                 ) as show,
                 hooks.Profile(folder / "profile", first + 2, options.profile_steps) as profile,
             ):
@@ -199,7 +216,18 @@ def train(
                         steps[0],
                         state,
                         batches,
-                        hooks=[measure, writing, evaluation, saving, show, profile, early, stop],
+                        hooks=[
+                            stop.note,
+                            measure,
+                            writing,
+                            watchdog.around("evaluate", evaluation),
+                            watchdog.around("save", saving),
+                            show,
+                            profile,
+                            early,
+                            stop,
+                        ],
+                        beat=watchdog.beat,
                         clock=clock,
                         later={begin: steps[begin] for begin, _ in recipe.stages},
                         several=several,
@@ -207,38 +235,31 @@ def train(
             last = int(state.step)
             if early.is_over():
                 say(f"ended after step {last}: {recipe.patience} evaluations without a better one")
-            elif reason and last < num_steps:
+            elif reason and (last < num_steps or evaluation.pending is not None):
                 log.sync()
+                watchdog.beat("save")
                 checkpoints.save(state, extra=progress())
                 checkpoints.wait()
                 say(f"stopped by {reason} after step {last}; the same command goes on")
                 return None
             row = next((row for row in reversed(log.rows) if "eval/count" in row), {})
             if row.get("step") != last:  # the run was stopped here before, or its record is gone
-                evaluation.run(last, state)
+                if not evaluation.run(last, state):
+                    say(f"stopped in the last evaluation, of step {last}; the same command goes on")
+                    return None
                 row = log.rows[-1]
+            watchdog.beat("save")
             checkpoints.wait()
         finally:
             log.close()
         best = checkpoints.ranked()[: options.keep_best]
-    path = folder / "result.json"
-    old = None
-    if first == last and path.exists():  # nothing was trained: what it says was measured then
-        with contextlib.suppress(ValueError):
-            old = json.loads(path.read_text())
     totals = progress()
     seconds = totals["train_seconds"]
     speed = totals["timed_examples"] / seconds if seconds else None
     usage = mean_usage(usages, last)
     used = mfu(usage, speed) if speed else None
     waited = None if begun is None or clock.first_step is None else clock.first_step - begun
-    result = {
-        "experiment": recipe.name,
-        "steps": last,
-        "epochs": round(min(last * recipe.batch_size, recipe.num_positions) / recipe.num_examples, 4),
-        "eval": {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")},
-        "best_step": best[0] if best else None,
-        "best_steps": best,
+    measured = {
         "train_seconds": round(seconds, 3),
         "compile_seconds": round(totals["compile_seconds"], 3),
         "seconds_to_first_step": None if waited is None else round(waited, 3),
@@ -248,20 +269,59 @@ def train(
         "flops_per_example": round(usage.flops_per_example),
         "peak_flops": None if (most := peak()) is None else round(most),
         "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
-        "num_workers": options.num_workers if arrays is None else None,
-        "num_devices": strategy.num_devices,
-        "strategy": strategy.name,
-        "device": strategy.mesh.devices.flat[0].device_kind,
-        "versions": versions(),
     }
-    result = old or result
-    checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    evaluated = {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
+    result = _write_result(
+        folder, recipe, options, strategy, last, evaluated, best, measured, is_new=first != last
+    )
+    if not hosts.is_first():
+        if options.pictures:  # of which every process computes a part
+            keep_predictions(folder, recipe, strategy, options, state)
+        return result
     # After the result, which a failing picture must not cost.
     draw_curves(log.rows, folder / "curves.png", title=f"{recipe.name}, {last} steps")
     if options.pictures:
         keep_predictions(folder, recipe, strategy, options, state)
     if arrays is None and (line := advice(clock, options)):
         say(line)
+    return result
+
+
+def _write_result(
+    folder: Path,
+    recipe: Recipe,
+    options: RunOptions,
+    strategy: sharding.Strategy,
+    last: int,
+    evaluated: Mapping[str, Any],
+    best: Sequence[int],
+    measured: Mapping[str, Any],
+    *,
+    is_new: bool,
+) -> dict[str, Any]:
+    """Write `result.json`, unless nothing was trained: what an old one says was measured then."""
+    path = folder / "result.json"
+    if not is_new and path.exists():
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text())
+    result = {
+        "experiment": recipe.name,
+        "steps": last,
+        "epochs": round(min(last * recipe.batch_size, recipe.num_positions) / recipe.num_examples, 4),
+        "eval": dict(evaluated),
+        "best_step": best[0] if best else None,
+        "best_steps": list(best),
+        **measured,
+        "num_workers": options.num_workers if resident(recipe.train, options) is None else None,
+        "num_devices": strategy.num_devices,
+        "num_processes": hosts.count(),
+        "strategy": strategy.name,
+        "mesh": {name: size for name, size in strategy.mesh.shape.items() if size > 1},
+        "device": strategy.mesh.devices.flat[0].device_kind,
+        "versions": versions(),
+    }
+    if hosts.is_first():
+        checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -273,12 +333,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-def say(line: str) -> None:
-    """Tell the user something that is not the result; of several processes the first one does."""
-    if hosts.is_first():
-        print(line, file=sys.stderr, flush=True)
 
 
 def _warn_of_single_steps(several: Several, num_steps: int) -> None:
@@ -351,45 +405,3 @@ def _usages(recipe: Recipe, state: TrainState) -> dict[int, Usage]:
                 f"the model does not fit what it is trained on from step {begin} on: {line}"
             ) from error
     return usages
-
-
-def _start(
-    checkpoints: checkpoint.Checkpoints, recipe: Recipe, strategy: sharding.Strategy, folder: Path
-) -> tuple[TrainState, Mapping[str, float]]:
-    """The state to go on from, and what the run has spent so far."""
-    for name in checkpoints.clean():
-        say(f"removed the unfinished checkpoint {name}")
-    num_steps = recipe.num_steps
-    latest, lines = checkpoints.newest_whole()
-    for line in lines:
-        say(f"warning: {line}")
-    if latest is not None:
-        ended = checkpoints.manifest(latest).extra.get("num_positions", 0)
-        is_short = latest * recipe.batch_size > ended
-        if is_short and recipe.num_positions > ended and checkpoints.is_whole(latest - 1):
-            say(f"step {latest} had a short batch; going on from before it")
-            checkpoints.discard(latest)
-            latest -= 1
-    if latest is None:
-        if read_rows(folder / "metrics.jsonl"):
-            say("warning: there are metrics but no checkpoint; the run begins anew")
-        return strategy.init(make_state(recipe)), {}
-    if latest > num_steps:
-        raise errors.ConfigError(
-            f"the run in {folder} is at step {latest} already, and this one would end at {num_steps}"
-        )
-    state, manifest = checkpoints.restore(latest, strategy.abstract(make_state(recipe)))
-    say(f"resuming at step {latest} of {num_steps}")
-    return state, manifest.extra
-
-
-def _add(spent: Mapping[str, float], clock: Clock, recipe: Recipe) -> dict[str, float]:
-    """What the run has spent in all; the number of positions says how long it was meant to be."""
-    here = {
-        "train_seconds": clock.train,
-        "data_seconds": clock.data,
-        "compile_seconds": clock.compile,
-        "timed_examples": clock.steps * recipe.batch_size,
-    }
-    total = {name: spent.get(name, 0) + value for name, value in here.items()}
-    return {**total, "num_positions": recipe.num_positions}

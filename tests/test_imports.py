@@ -34,6 +34,7 @@ ROWS = {
     "jaxnets.feed": 4.5,
     "jaxnets.evaluation": 4.7,
     "jaxnets.agreement": 5,
+    "jaxnets.resume": 4.5,
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,

@@ -8,11 +8,11 @@ import collections
 import itertools
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax._src import (
     clusters,
     distributed,
@@ -79,7 +79,6 @@ def join(
         )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise errors.ConfigError(f"the coordinator is HOST:PORT, not {coordinator}")
-    where = {} if coordinator is None else {"cluster_detection_method": "deactivate"}
     who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
     place = "the cluster's coordinator" if coordinator is None else f"the coordinator {coordinator}"
 
@@ -100,7 +99,7 @@ def join(
             heartbeat_timeout_seconds=max(1, round(heartbeat_s)),
             # All interfaces would let anyone on the network join.
             coordinator_bind_address=coordinator if process_id == 0 else None,
-            **where,
+            cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except Exception as error:
         distributed.global_state.client = None
@@ -212,9 +211,10 @@ def agree(name: str, values: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S)
             )
 
 
-def local_addressable(array: jax.Array) -> Any:
-    """A NumPy copy of a replicated array, which every process has whole."""
-    return jax.device_get(array.addressable_data(0))
+def say(line: str) -> None:
+    """Tell the user something that is not the result; of several processes the first one does."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _client() -> Any:

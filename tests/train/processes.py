@@ -71,7 +71,7 @@ class Processes:
                 heartbeat_s=heartbeat_s,
             )
             lines = before if joined else "".join(before.splitlines(keepends=True)[:2])
-            files = [self._file(index, name).open("w") for name in ("out", "err")]  # noqa: SIM115
+            files = [self._file(index, name).open("w") for name in ("out", "err")]
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, "-c", lines + textwrap.dedent(script)],

@@ -1,0 +1,61 @@
+"""The state that a run goes on from, and what it has spent so far."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxnets import errors
+from jaxnets.config import RunOptions
+from jaxnets.recipe import Recipe
+from jaxnets.train.checkpoint import Checkpoints
+from jaxnets.train.hosts import say
+from jaxnets.train.loop import Clock
+from jaxnets.train.metrics_log import read_rows
+from jaxnets.train.sharding import Strategy
+from jaxnets.train.state import TrainState
+
+
+def start(
+    checkpoints: Checkpoints,
+    recipe: Recipe,
+    strategy: Strategy,
+    folder: Path,
+    make_state: Callable[[], TrainState],
+) -> tuple[TrainState, Mapping[str, Any]]:
+    """The state to go on from, and what the run has spent so far."""
+    for name in checkpoints.clean():
+        say(f"removed the unfinished checkpoint {name}")
+    num_steps = recipe.num_steps
+    latest, lines = checkpoints.newest_whole()
+    for line in lines:
+        say(f"warning: {line}")
+    if latest is not None:
+        ended = checkpoints.manifest(latest).extra.get("num_positions", 0)
+        is_short = latest * recipe.batch_size > ended
+        if is_short and recipe.num_positions > ended and checkpoints.is_whole(latest - 1):
+            say(f"step {latest} had a short batch; going on from before it")
+            checkpoints.discard(latest)
+            latest -= 1
+    if latest is None:
+        if read_rows(folder / "metrics.jsonl"):
+            say("warning: there are metrics but no checkpoint; the run begins anew")
+        return strategy.init(make_state), {}
+    if latest > num_steps:
+        raise errors.ConfigError(
+            f"the run in {folder} is at step {latest} already, and this one would end at {num_steps}"
+        )
+    state, manifest = checkpoints.restore(latest, strategy.abstract(make_state))
+    say(f"resuming at step {latest} of {num_steps}")
+    return state, manifest.extra
+
+
+def add(spent: Mapping[str, Any], clock: Clock, recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    """What the run has spent in all; the number of positions says how long it was meant to be."""
+    here = {
+        "train_seconds": clock.train,
+        "data_seconds": clock.data,
+        "compile_seconds": clock.compile,
+        "timed_examples": clock.steps * recipe.batch_size,
+    }
+    total = {name: spent.get(name, 0) + value for name, value in here.items()}
+    return {**total, "num_positions": recipe.num_positions, "fixed_order": options.fixed_order}
