@@ -133,16 +133,19 @@ def told(*_):
     print("told", count, flush=True)
 signal.signal({int(number)}, told)
 print("ready", flush=True)
+while not count:
+    time.sleep(0.01)
+time.sleep(0.3)
+print("so far", count, flush=True)
 while count < 2:
     time.sleep(0.01)
-time.sleep(0.2)
+time.sleep(0.3)
 sys.exit({128 + number})
 """
     with Launcher(script) as launcher:
         launcher.read_until("ready", 2)
         os.killpg(launcher.process.pid, number)
-        launcher.read_until("told 1", 2)
-        time.sleep(0.3)
+        launcher.read_until("so far 1", 2)
         os.killpg(launcher.process.pid, number)
         status, out, err = launcher.end()
     assert status == 128 + number

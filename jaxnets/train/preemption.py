@@ -74,8 +74,6 @@ class StopOnSignal:
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> str | None:
         """The reason to stop, if a signal arrived."""
         self._step = step
-        if not metrics.is_last and hosts.count() > 1:  # the steps of a call are asked for together
-            return None
         return signal.Signals(self.signal).name if self.is_due() and self.signal else None
 
     def is_due(self) -> bool:
