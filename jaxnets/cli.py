@@ -22,9 +22,9 @@ from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
 from jaxnets.train import (
     checkpoint,
-    hooks,
     hosts,
     mesh,
+    preemption,
     program_cache,
     run_folder,
     sharding,
@@ -191,7 +191,7 @@ def _train(
     )
     with (
         opened,
-        hooks.StopOnSignal(grace_s=options.grace_s).installed() as stop,
+        preemption.StopOnSignal(grace_s=options.grace_s).installed() as stop,
         watchdog.Watchdog(options.watchdog_s) as dog,
     ):
         on_start = partial(run_folder.write_config, folder, experiment.name, values)

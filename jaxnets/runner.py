@@ -28,6 +28,7 @@ from jaxnets.train.hosts import say
 from jaxnets.train.loop import Clock, Several, fit
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
+from jaxnets.train.preemption import StopOnSignal
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
@@ -85,7 +86,7 @@ def train(
     strategy: sharding.Strategy,
     usages: Mapping[int, Usage],
     *,
-    stop: hooks.StopOnSignal,
+    stop: StopOnSignal,
     watchdog: Watchdog,
     on_start: Callable[[], None] = lambda: None,
     begun: float | None = None,
@@ -124,7 +125,7 @@ def train(
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
         evaluate = make_evaluator(recipe, strategy, options, should_stop=stop.is_due, beat=watchdog.beat)
-        evaluation = hooks.Evaluate(evaluate, log, schedule.is_eval_due)
+        evaluation = hooks.Evaluate(watchdog.around("evaluate", evaluate), log, schedule.is_eval_due)
         early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
 
         @functools.cache
@@ -158,6 +159,7 @@ def train(
                 say(f"stopped before the evaluation of step {first}; the same command goes on")
                 log.close()
                 return None
+            log.sync()
             rest = {**spent, "eval_pending": False}
             checkpoints.amend(first, score=evaluation.results[first].get(recipe.monitor), extra=rest)
         arrays = resident(recipe.train, options)
@@ -220,7 +222,7 @@ def train(
                             stop.note,
                             measure,
                             writing,
-                            watchdog.around("evaluate", evaluation),
+                            evaluation,
                             watchdog.around("save", saving),
                             show,
                             profile,

@@ -234,7 +234,7 @@ BAD = {
     ),
     "steps per call, pmap": (
         ["train", *SMALL, "--steps-per-call", "4", "--strategy", "pmap"],
-        "and --strategy jit, compiled",
+        "neither --strategy pmap nor --fixed-order",
     ),
     "rate nan": (
         ["train", *SMALL, "--learning-rate", "nan"],

@@ -15,7 +15,6 @@ from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.evaluate import Stopped
 from jaxnets.train.loop import Clock, StepMetrics
 from jaxnets.train.metrics_log import MetricsLog
-from jaxnets.train.preemption import StopOnSignal as StopOnSignal
 from jaxnets.train.state import TrainState
 
 

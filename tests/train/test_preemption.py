@@ -121,7 +121,7 @@ def test_a_signal_while_the_main_thread_cannot_answer(tmp_path):
             for name, (script, *_) in ALONE.items()
         }
         for name, (_, signals, *_) in ALONE.items():
-            children[name].wait_for(0, "ready")
+            children[name].wait_for(0, "ready", timeout=150)
             children[name].send(0, signals[0])
         for name, (_, signals, *_) in ALONE.items():
             if len(signals) > 1:
