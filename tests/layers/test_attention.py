@@ -100,13 +100,14 @@ def test_finite_differences(x64):
     check_grads(jax.jit(partial(attention, is_causal=True, mask=mask)), draw(), order=2)
 
 
+@partial(jax.jit, static_argnames="is_causal")
 def loss_and_grads(query, key, value, is_causal, mask):
     along = jnp.asarray(np.random.default_rng(3).normal(size=query.shape), query.dtype)
 
     def loss(*arrays):
         return jnp.sum(attention(*arrays, is_causal=is_causal, mask=mask) * along)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
 
 
 @every_form
@@ -130,7 +131,8 @@ def test_what_a_masked_place_holds_is_without_effect(is_causal, content):
 def test_a_query_that_sees_nothing_gets_zero():
     query, key, value = draw(np.float32)
     mask = jnp.ones((B, T), bool).at[:, :2].set(False)  # padding on the left
-    out = attention(query, key, value, is_causal=True, mask=mask)
+    with jax.debug_nans(True):  # nor is there any NaN on the way
+        out = attention(query, key, value, is_causal=True, mask=mask)
     assert (out[:, :2] == 0).all()
     assert (out[:, 2:] != 0).all()
     np.testing.assert_array_equal(out[:, 2], value[:, 2])
@@ -138,9 +140,15 @@ def test_a_query_that_sees_nothing_gets_zero():
 
 def test_nothing_of_the_future_is_seen():
     query, key, value = draw(np.float32)
+
+    @jax.jit
+    def pull(along):
+        return jax.vjp(partial(attention, is_causal=True), query, key, value)[1](along)
+
     for t in range(T):
-        _, pull = jax.vjp(partial(attention, is_causal=True), query, key, value)
-        grads = pull(jnp.zeros_like(query).at[:, t].set(1.0))
+        along = np.zeros_like(query)
+        along[:, t] = 1
+        grads = pull(along)
         for grad in grads:
             assert (np.asarray(grad)[:, t + 1 :] == 0).all()
         assert (np.asarray(grads[2])[:, : t + 1] != 0).all()
@@ -201,7 +209,7 @@ def test_what_cannot_be():
 def test_the_layer_is_its_projections_around_the_function(x64):
     layer = SelfAttention(N, is_causal=True)
     x_BTD = jnp.asarray(np.random.default_rng(5).normal(size=(B, T, N * K)))
-    params = layer.init(jax.random.key(0), x_BTD, train=False)["params"]
+    params = jax.eval_shape(partial(layer.init, train=False), jax.random.key(0), x_BTD)["params"]
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), params)
     into = {"kernel": ((N * K, N, K), "float32"), "bias": ((N * K,), "float32")}
     out = {"kernel": ((N, K, N * K), "float32"), "bias": ((N * K,), "float32")}
@@ -225,15 +233,16 @@ def test_the_layer_is_its_projections_around_the_function(x64):
 def test_dropout_of_the_layer_belongs_to_the_row():
     layer = SelfAttention(N, dropout_rate=0.5)
     x_BTD = jnp.asarray(np.random.default_rng(5).normal(size=(B, T, N * K)), jnp.float32)
-    variables = layer.init(jax.random.key(0), x_BTD, train=False)
-    variables = jax.tree.map(lambda x: 10 * x, variables)
-    rows = jnp.array([5, 9, 7])
+    rng, rows = np.random.default_rng(6), np.array([5, 9, 7])
+    variables = jax.eval_shape(partial(layer.init, train=False), jax.random.key(0), x_BTD)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), variables)
 
+    @partial(jax.jit, static_argnames="train")
     def run(x_BTD, rows, train=True):
         rngs = {"dropout": jax.random.key(1)}
-        return np.asarray(layer.apply(variables, x_BTD, train=train, rows=rows, rngs=rngs))
+        return layer.apply(variables, x_BTD, train=train, rows=rows, rngs=rngs)
 
     out = run(x_BTD, rows)
-    np.testing.assert_allclose(run(x_BTD[::-1], rows[::-1]), out[::-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(x_BTD[::-1], rows[::-1]), out[::-1], rtol=1e-5, atol=1e-5)
     assert np.abs(run(x_BTD, rows + 1) - out).max() > 0.01
     assert np.abs(run(x_BTD, rows, train=False) - out).max() > 0.01

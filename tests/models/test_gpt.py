@@ -1,101 +1,34 @@
 """The language model: what the contract suite asks of the models of images, and what is its own."""
 
-import math
 import re
 import sys
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxnets import errors, losses, models, registry, train
-from jaxnets.models.gpt import GPT, sharding_rules
-from jaxnets.ops import partition
-
-V, B, T = 24, 8, 7
-TINY = {"vocabulary_size": V, "max_length": 10, "num_layers": 2, "num_heads": 4, "width": 16}
-QUICK = {"xla_backend_optimization_level": 0}
-KEY = jax.random.key(1)
-
-
-def tiny(**fields):
-    return models.functional(GPT(**{**TINY, **fields}), jax.ShapeDtypeStruct((1, T), jnp.int32))
-
-
-def shapes_of(model):
-    init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, T), jnp.int32))
-    return jax.eval_shape(init_fn, jax.random.key(0))[0]
-
-
-@cache
-def start(dtype=np.float32, **fields):
-    """Parameters drawn by NumPy, large enough that each of them matters."""
-    rng = np.random.default_rng(2)
-
-    def draw(path, leaf):
-        size = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10
-        values = rng.normal(size=leaf.shape) / np.sqrt(size) + (path[-1].key == "scale")
-        return values.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes_of(GPT(**{**TINY, **fields})))
-
-
-def batch_of():
-    """Sequences of different lengths, filled up; the last row is padding alone."""
-    rng = np.random.default_rng(0)
-    lengths = np.array([T, 4, T, 1, 6, 3, 2, 0])
-    is_real = np.arange(T)[None] < lengths[:, None]
-    is_real[2, :3] = False  # on the left
-    tokens, labels = rng.integers(0, V, (2, B, T))
-    return {
-        "tokens": tokens,
-        "label": np.where(is_real, labels, -1),
-        "token_mask": is_real,
-        "index": rng.permutation(1000)[:B],
-    }
-
-
-def mean_loss(params, batch, **fields):
-    """The mean over tokens that are real, and the logits."""
-    _, apply_fn = tiny(**fields)
-    mask, rows = batch["token_mask"], batch["index"]
-    logits, _ = apply_fn(params, {}, batch["tokens"], train=True, key=KEY, rows=rows, mask=mask)
-    loss_BT = losses.softmax_cross_entropy(logits, batch["label"])
-    return jnp.where(mask, loss_BT, 0).sum() / mask.sum(), logits
-
-
-@cache
-def compiled(**fields):
-    """`(params, batch) -> (loss, gradients)`."""
-    step = jax.value_and_grad(lambda params, batch: mean_loss(params, batch, **fields)[0])
-    return jax.jit(step, compiler_options=QUICK)
-
-
-@cache
-def evaluate(**fields):
-    """`(params, tokens, mask=None) -> logits`."""
-    _, apply_fn = tiny(**fields)
-
-    def run(params, tokens, mask=None):
-        return apply_fn(params, {}, tokens, train=False, mask=mask)[0]
-
-    return jax.jit(run, compiler_options=QUICK)
-
-
-def assert_close(left, right, tolerance):
-    """Each leaf within a share of the largest number of all: some are rounding alone."""
-    size = max(np.abs(x).max() for x in jax.tree.leaves(right))
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * size)
-
-
-def assert_equal(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+from jaxnets.models.gpt import GPT
+from tests.models.tiny_gpt import (
+    KEY,
+    QUICK,
+    TINY,
+    B,
+    T,
+    V,
+    assert_close,
+    assert_equal,
+    batch_of,
+    compiled,
+    evaluate,
+    mean_loss,
+    shapes_of,
+    start,
+    tiny,
+)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +236,18 @@ def test_every_place_of_dropout_has_a_key_of_its_own(monkeypatch):
 def test_remat_computes_the_same_and_keeps_less(x64):
     params, batch = start(np.float64, num_layers=1), batch_of()
     expected = compiled(num_layers=1, dropout_rate=0.3)(params, batch)
-    products = {}
+    kept = {}
     for remat in ("none", "dots", "full"):
-        step = compiled(num_layers=1, dropout_rate=0.3, remat=remat)
-        products[remat] = str(jax.make_jaxpr(step.__wrapped__)(params, batch)).count(" dot_general[")
+        fields = {"num_layers": 1, "dropout_rate": 0.3, "remat": remat}
+        mean = partial(mean_loss, batch=batch, **fields)
+        residuals = jax.eval_shape(lambda p, mean=mean: jax.vjp(mean, p, has_aux=True)[1], params)
+        kept[remat] = {leaf.shape for leaf in jax.tree.leaves(residuals)}
         if remat != "none":
-            assert_close(step(params, batch), expected, 1e-12)
-    # A block has four products in its attention with kernels, two in its MLP, and two without a kernel.
-    assert products["none"] < products["dots"] <= products["none"] + 2
-    assert products["none"] + 6 <= products["full"] <= products["none"] + 8
+            assert_close(compiled(**fields)(params, batch), expected, 1e-12)
+    weights, hidden = (B, TINY["num_heads"], T, T), (B, T, 4 * TINY["width"])
+    assert {weights, hidden} <= kept["none"]
+    assert weights not in kept["dots"] | kept["full"]
+    assert hidden in kept["dots"] - kept["full"]
 
 
 @pytest.mark.parametrize(
@@ -330,108 +266,6 @@ def test_what_cannot_be(fields, tokens, message):
     if "remat" in fields:
         with pytest.raises(errors.ConfigError):
             jax.eval_shape(GPT(**{**TINY, **fields}).init, KEY, jnp.asarray(tokens))
-
-
-def mesh_of(*sizes):
-    devices = jax.devices()[: math.prod(sizes)]
-    names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def states_of(model, tx, use_ema=True):
-    init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, T), jnp.int32))
-    make = partial(train.create_state, init_fn, tx, use_ema=use_ema)
-    return jax.eval_shape(lambda: make(key=jax.random.key(0)))
-
-
-def test_a_device_holds_an_eighth_of_any_state():
-    for name in registry.names("optimizer"):
-        tx = optax.chain(optax.clip_by_global_norm(1), registry.get("optimizer", name)(0.1))
-        state = states_of(models.gpt_100m(tie_embeddings=False), tx)
-        whole = sum(x.size for x in jax.tree.leaves(state))
-        for sizes in ((1, 8, 1), (1, 1, 8), (1, 2, 4)):
-            shardings = train.shard_by_rules(state, sharding_rules(), mesh_of(*sizes))
-            parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), state, shardings)
-            assert sum(jax.tree.leaves(parts)) < 1.005 * whole / 8, (name, sizes)
-
-
-def test_moments_and_the_average_lie_with_their_parameter():
-    state = states_of(GPT(**TINY, tie_embeddings=False), optax.adamw(0.1))
-    shardings = train.shard_by_rules(state, sharding_rules(), mesh_of(2, 2, 2))
-    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    assert specs.params == specs.ema == specs.opt_state[0].mu == specs.opt_state[0].nu
-    attention = specs.params["block2"]["attention"]
-    assert attention["key"]["kernel"] == P("fsdp", "tensor")  # [D, N, K]
-    assert attention["out"]["kernel"] == P("tensor", None, "fsdp")  # [N, K, D]
-    assert specs.params["block1"]["mlp"]["up"]["kernel"] == P("fsdp", "tensor")  # [D, F]
-    assert specs.params["block1"]["mlp"]["down"]["kernel"] == P("tensor", "fsdp")  # [F, D]
-    assert specs.params["token_embedding"]["embedding"] == P("tensor", "fsdp")  # [V, D]
-    assert specs.params["head"]["kernel"] == P("fsdp", "tensor")  # [D, V]
-    assert specs.step == specs.key == specs.guard == specs.opt_state[0].count == P()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "params/strange",
-        "params/block1/attention/rotary/kernel",
-        "params/block1/attention/query/kernel2",
-        "params/block1/adapter/mlp/up/kernel",
-        "params/myblock1/mlp/up/kernel",
-        "params/block1/norm3/scale",
-        "params/head/kernel/0",
-        "params/step",
-        "opt_state/0/mu/strange",
-        "params/count",
-    ],
-)
-def test_a_parameter_without_a_rule_is_an_error(name):
-    tree = np.zeros((8, 8))
-    for part in reversed(name.split("/")):
-        tree = {part: tree}
-    with pytest.raises(ValueError, match=f"no sharding rule for {name}"):
-        train.shard_by_rules(tree, sharding_rules(), mesh_of(1, 2, 2))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "time", "fields"),
-    [
-        ((2, 2, 2), None, {"dropout_rate": 0.2}),
-        ((1, 2, 4), "tensor", {"remat": "full", "tie_embeddings": False}),
-    ],
-)
-def test_eight_devices_equal_one(sizes, time, fields, x64, capfd):
-    tied = {name: x for name, x in fields.items() if name == "tie_embeddings"}
-    # Divisible by the tensor axis, or its sequences could not be cut over it.
-    batch = {name: x if x.ndim == 1 else np.tile(x, 2)[:, :8] for name, x in batch_of().items()}
-    params, step = start(np.float64, **tied), compiled(**fields)
-    expected = step(params, batch)
-    mesh = mesh_of(*sizes)
-    rows = ("data", "fsdp")
-    rules = {"batch": rows, "time": time, "heads": "tensor", "hidden": "tensor", "vocabulary": "tensor"}
-    shardings = train.shard_by_rules(params, sharding_rules(), mesh)
-
-    def spread(params, batch):
-        with partition.activation_rules(mesh, rules):
-            mean = partial(mean_loss, **fields)
-            (loss, logits), grads = jax.value_and_grad(mean, has_aux=True)(params, batch)
-        return loss, jax.lax.with_sharding_constraint(grads, shardings), logits
-
-    arguments = jax.device_put((params, batch), (shardings, NamedSharding(mesh, P(rows))))
-    lowered = jax.jit(spread).lower(*arguments)
-    loss, grads, logits = lowered.compile(QUICK)(*arguments)
-    assert_close((loss, grads), expected, 1e-12)
-    assert loss.dtype == jnp.float64
-    assert logits.sharding.is_equivalent_to(NamedSharding(mesh, P(rows, None, "tensor")), 3)
-    kernel = grads["block1"]["attention"]["query"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (16 // sizes[1], 4 // sizes[2], 4)
-    # XLA says so where it finds no other way than to copy a whole array to every device.
-    assert "full rematerialization" not in capfd.readouterr().err
-    text = lowered.as_text()
-    parts = {name: text.count(f"[{name}]") for name in ('{"data", "fsdp"}, {}, {"tensor"}, {}',)}
-    assert min(parts.values()) >= 4 * TINY["num_layers"]
-    cut = '[{"data", "fsdp"}, {"tensor"}, {}]'
-    assert (text.count(cut) > 0) == (time == "tensor")
 
 
 @pytest.mark.parity
