@@ -48,6 +48,10 @@ class Recipe:
         maximize: whether a greater value of it is better.
         stages: (step, loss_fn) in order: from that step on, counted from 0, this loss_fn is trained with
             instead, in a program of its own, as for images that grow during the run.
+        on_nonfinite: what becomes of a step whose loss or gradients aren't finite: "stop" ends the run
+            with nothing of it applied, "skip" goes on with the next.
+        max_spike: a step is skipped if its loss or the norm of its gradients is more than so many
+            standard deviations above the mean of about the last 128 steps; None for never.
         torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
             the duel alone; None if there is none.
         torch_arguments: what that function is called with.
@@ -76,6 +80,8 @@ class Recipe:
     monitor: str = "accuracy"
     maximize: bool = True
     stages: "Sequence[tuple[int, LossFn]]" = ()
+    on_nonfinite: str = "stop"
+    max_spike: float | None = None
     torch_reference: str | None = None
     torch_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -83,6 +89,11 @@ class Recipe:
     def loss_fns(self) -> "dict[int, LossFn]":
         """What is trained with, by the step from which it is."""
         return {0: self.loss_fn, **dict(self.stages)}
+
+    @property
+    def use_health(self) -> bool:
+        """Whether steps may be skipped, so that the state remembers them."""
+        return self.on_nonfinite != "stop" or self.max_spike is not None
 
     @property
     def num_examples(self) -> int:

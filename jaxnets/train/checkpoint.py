@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import errors
+from jaxnets.train.health import fresh_health
 from jaxnets.train.sharding import path_of
 from jaxnets.train.state import TrainState
 from jaxnets.typing import PyTree
@@ -199,6 +200,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Manifest]:
         """Read a step.
 
+        A checkpoint with `health` can be gone on with without it, and the other way round: then it
+        begins anew.
+
         Args:
             step: one of `steps()`.
             abstract: shapes, dtypes and shardings of the state, as of `Strategy.abstract`.
@@ -210,6 +214,17 @@ class Checkpoints:
             CheckpointError: if a file is damaged, or the state is another model's or optimizer's.
         """
         manifest = self.manifest(step)
+        wants_health = abstract.health is not None
+        has_health = any(name.startswith("health/") for name in manifest.arrays)
+        sharding = abstract.guard.sharding
+        if has_health and not wants_health:
+            health = jax.eval_shape(fresh_health)
+            health = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), health
+            )
+            abstract = dataclasses.replace(abstract, health=health)
+        elif wants_health and not has_health:
+            abstract = dataclasses.replace(abstract, health=None)
         wanted = _describe(_as_dict(abstract))
         for name in sorted(wanted.keys() | manifest.arrays.keys()):
             found, expected = manifest.arrays.get(name), wanted.get(name)
@@ -230,7 +245,11 @@ class Checkpoints:
                 "the checkpoint holds 64-bit arrays: enable them for the whole process, JAX_ENABLE_X64=1"
             )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        return TrainState(**jax.tree.map(jnp.copy, restored)), manifest
+        state = TrainState(**jax.tree.map(jnp.copy, restored))
+        if has_health != wants_health:
+            health = jax.jit(fresh_health, out_shardings=sharding)() if wants_health else None
+            state = dataclasses.replace(state, health=health)
+        return state, manifest
 
     def _write(
         self,
