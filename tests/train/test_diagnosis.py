@@ -130,7 +130,7 @@ def test_a_pixel_names_its_example():
     assert diagnose(loss_fn, state_of(init_fn), rows).examples == (5, 11)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_an_example_in_a_micro_batch(accumulate):
     init_fn, loss_fn = problem()
     rows = batch()
@@ -174,6 +174,7 @@ def test_a_root_whose_gradient_is_infinite():
     assert found.terms == ("loss",)
 
 
+@pytest.mark.long
 def test_which_terms_gradient_it_is():
     def loss(out, rows):
         return {"fine": jnp.sum(out**2, -1), "norm": jnp.sqrt(jnp.sum((out * 0) ** 2, -1))}
@@ -194,12 +195,25 @@ def test_only_one_rows_gradient():
     rows["p"][9] = 0
     found = diagnose(loss_fn, state_of(init_fn), rows)
     assert (found.phase, found.examples) == ("backward", (109,))
-    # Parameters as long as the batch aren't taken for examples.
-    init_fn, loss_fn = problem(Net(root=True))
-    assert diagnose(loss_fn, state_of(init_fn), batch(6)).examples == ()
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(jnp.float16, 6e4), (jnp.bfloat16, 3e38)])
+def test_a_row_of_a_parameter_as_long_as_the_batch_is_no_example():
+    init_fn, plain = problem()
+
+    def loss_fn(params, model_state, batch, *, key):
+        terms, *rest = plain(params, model_state, batch, key=key)
+        length = jnp.sqrt(jnp.sum((params["second"]["kernel"][2] * 0) ** 2))
+        return {"loss": terms["loss"] + length}, *rest
+
+    found = diagnose(loss_fn, state_of(init_fn), batch(6))
+    assert (found.phase, found.gradients[0][1].rows) == ("backward", ())
+    assert found.counts.rows == (2,)
+    assert found.examples == ()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(jnp.float16, 6e4), pytest.param(jnp.bfloat16, 3e38, marks=pytest.mark.long)]
+)
 def test_an_overflow_in_half_precision(dtype, scale):
     init_fn, loss_fn = problem(Net(dtype=dtype, scale=scale))
     rows = batch()
@@ -213,6 +227,7 @@ def test_an_overflow_in_half_precision(dtype, scale):
     assert found.operands[1] == f"{jnp.dtype(dtype)}[] = {float(jnp.asarray(scale, dtype)):.3g}"
 
 
+@pytest.mark.long
 def test_a_gradient_that_overflows_float16():
     def loss(out, rows):
         return {"loss": 1e6 * out.astype(jnp.float32)[:, 0]}
@@ -268,6 +283,24 @@ def test_without_linen_and_through_scans_and_checkpoints():
     state = dataclasses.replace(state, params={**state.params, "layers": layers.at[2].set(1e-25)})
     found = diagnose(loss_fn, state, rows)
     assert (found.phase, found.tensor) == ("backward", "gradient of params/layers")
+
+
+def test_an_infinity_on_purpose_is_not_blamed():
+    def loss_fn(params, model_state, batch, *, key):
+        large = jnp.exp(params["scale"] * batch["x"])
+        return {"loss": jnp.max(jnp.where(batch["x"] > -9, large, -jnp.inf), -1)}, model_state, {}
+
+    state = state_of(lambda key: ({"scale": jnp.asarray(1e3)}, {}))
+    rows = batch()
+    rows["x"][2:] = -10
+    rows["x"][:2] = [[1], [0]]
+    rows["mask"][2:] = False  # they have no finite loss
+    found = diagnose(loss_fn, state, rows)
+    assert (found.operation, found.made.inf, found.examples) == ("exp", 4, (100,))
+    # Where nothing else is there to blame, it is.
+    rows["x"][0] = 0
+    found = diagnose(loss_fn, state, rows | {"mask": np.ones(BATCH, bool)})
+    assert found.tensor == "a constant"
 
 
 def test_a_loss_that_cannot_be_tapped():
