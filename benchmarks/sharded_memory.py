@@ -51,6 +51,7 @@ def measure(strategy_name: str, options: Options) -> dict[str, Any]:
     import optax
 
     from jaxnets import losses, models, train
+    from jaxnets.models import gpt
 
     model = models.gpt_100m(max_length=options.length)
     tokens = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
@@ -68,7 +69,7 @@ def measure(strategy_name: str, options: Options) -> dict[str, Any]:
     strategy = train.make_strategy(
         strategy_name,
         num_devices=1 if is_one else options.num_devices,
-        rules=None if is_one else models.gpt.sharding_rules(),
+        rules=None if is_one else gpt.sharding_rules(),
     )
     tx = optax.adam(3e-4)
     state = strategy.init(lambda: train.create_state(init_fn, tx, key=jax.random.key(0)))

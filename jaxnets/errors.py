@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -25,7 +26,19 @@ class DamagedError(CheckpointError):
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient was NaN or infinite; nothing of that step was applied."""
+    """The loss or a gradient was NaN or infinite; nothing of that step was applied.
+
+    Attributes:
+        step: which, counted from 0 as `state.step` and the batches are; None if unknown.
+        index: `[B]`, the examples of its batch, where they are known.
+        state: the training state, but for its guard that from before the step; None if it isn't at hand.
+    """
+
+    def __init__(
+        self, message: str, *, step: int | None = None, index: Any = None, state: Any = None
+    ) -> None:
+        super().__init__(message)
+        self.step, self.index, self.state = step, index, state
 
 
 class HostError(UserError):

@@ -51,6 +51,10 @@ class Recipe:
             instead, in a program of its own, as for images that grow during the run.
         rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
             spec), such as `models.gpt.sharding_rules()`; None if the model has none.
+        on_nonfinite: what becomes of a step whose loss or gradients aren't finite: "stop" ends the run
+            with nothing of it applied, "skip" goes on with the next.
+        max_spike: a step is skipped if its loss or the norm of its gradients is more than so many
+            standard deviations above the mean of about the last 128 steps; None for never.
         torch_reference: "module:function" that builds the same experiment in PyTorch, resolved by
             the duel alone; None if there is none.
         torch_arguments: what that function is called with.
@@ -80,6 +84,8 @@ class Recipe:
     maximize: bool = True
     stages: "Sequence[tuple[int, LossFn]]" = ()
     rules: "Rules | None" = None
+    on_nonfinite: str = "stop"
+    max_spike: float | None = None
     torch_reference: str | None = None
     torch_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -87,6 +93,11 @@ class Recipe:
     def loss_fns(self) -> "dict[int, LossFn]":
         """What is trained with, by the step from which it is."""
         return {0: self.loss_fn, **dict(self.stages)}
+
+    @property
+    def use_health(self) -> bool:
+        """Whether steps may be skipped, so that the state remembers them."""
+        return self.on_nonfinite != "stop" or self.max_spike is not None
 
     @property
     def num_examples(self) -> int:

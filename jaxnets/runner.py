@@ -24,6 +24,8 @@ from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
+from jaxnets.train.diagnosis import report_nonfinite
+from jaxnets.train.health import uses_health
 from jaxnets.train.hosts import say
 from jaxnets.train.loop import Clock, Several, fit
 from jaxnets.train.metrics_log import MetricsLog
@@ -71,12 +73,18 @@ def check_recipe(
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
     """What makes the state before the first step; the same function again for the same recipe."""
-    return _make_state(recipe.init_fn, recipe.tx, recipe.seed, recipe.ema_decay is not None)
+    use_health = uses_health(recipe.on_nonfinite, recipe.max_spike)
+    use_ema = recipe.ema_decay is not None
+    return _make_state(recipe.init_fn, recipe.tx, recipe.seed, use_ema, use_health)
 
 
 @functools.lru_cache(maxsize=1)  # what JAX has traced of it once it need not trace again
-def _make_state(init_fn: Any, tx: Any, seed: int, use_ema: bool) -> Callable[[], TrainState]:
-    return lambda: create_state(init_fn, tx, key=jax.random.key(seed), use_ema=use_ema)
+def _make_state(
+    init_fn: Any, tx: Any, seed: int, use_ema: bool, use_health: bool
+) -> Callable[[], TrainState]:
+    return lambda: create_state(
+        init_fn, tx, key=jax.random.key(seed), use_ema=use_ema, use_health=use_health
+    )
 
 
 def train(
@@ -175,6 +183,8 @@ def train(
                 coefficients=recipe.coefficients,
                 accumulate=recipe.accumulate,
                 ema_decay=recipe.ema_decay,
+                on_nonfinite=recipe.on_nonfinite,
+                max_spike=recipe.max_spike,
             )
             return ShapeGuard(strategy.compile_step(make_step, arrays, num_steps=num_steps))
 
@@ -252,6 +262,11 @@ def train(
                 row = log.rows[-1]
             watchdog.beat("save")
             checkpoints.wait()
+        except errors.NonFiniteError as error:
+            watchdog.beat("save")
+            if hosts.is_first():
+                say(report_nonfinite(folder, error, recipe, draws))
+            raise
         finally:
             log.close()
         best = checkpoints.ranked()[: options.keep_best]

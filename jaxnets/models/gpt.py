@@ -222,5 +222,5 @@ def sharding_rules() -> tuple[tuple[str, P], ...]:
         "head/kernel": P("fsdp", "tensor"),
     }
     # Of the optimizers here; the parameter of such a name would still lack a rule under "params/".
-    counters = (r"^(step|key|guard)$|^opt_state/(.+/)?(count|ns_coeffs)$", P())
+    counters = (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P())
     return (*((f"(^|/){path}$", spec) for path, spec in parameters.items()), counters)

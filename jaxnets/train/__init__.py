@@ -1,6 +1,8 @@
 """Training: state, step, strategies, the loop, hooks, evaluation and checkpoints."""
 
 from jaxnets.train.checkpoint import Checkpoints as Checkpoints
+from jaxnets.train.diagnosis import Diagnosis as Diagnosis
+from jaxnets.train.diagnosis import diagnose as diagnose
 from jaxnets.train.evaluate import evaluate as evaluate
 from jaxnets.train.evaluate import make_eval_step as make_eval_step
 from jaxnets.train.loop import Clock as Clock

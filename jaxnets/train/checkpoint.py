@@ -28,6 +28,7 @@ from jaxnets import errors
 from jaxnets.train import array_store, files, hosts, manifest
 from jaxnets.train.files import first_line
 from jaxnets.train.files import write_atomically as write_atomically
+from jaxnets.train.health import fresh_health
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
 from jaxnets.train.state import TrainState
 from jaxnets.train.verdict import by_first, together
@@ -263,6 +264,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Manifest]:
         """Read a step.
 
+        A checkpoint with `health` can be gone on with without it, and the other way round: then it
+        begins anew.
+
         Args:
             step: one of `steps()`.
             abstract: shapes, dtypes and shardings of the state, as of `Strategy.abstract`.
@@ -275,6 +279,11 @@ class Checkpoints:
             CheckpointError: if the state is another model's or optimizer's, or can't be read.
         """
         found = self.manifest(step)
+        # Skipping may be switched on or off when a run goes on: what it counts is no part of the model.
+        wants_health = abstract.health is not None
+        has_health = any(name.startswith("health/") for name in found.arrays)
+        if has_health != wants_health:
+            abstract = dataclasses.replace(abstract, health=_health_at(abstract) if has_health else None)
         wanted = describe(_as_dict(abstract))
         for name in sorted(wanted.keys() | found.arrays.keys()):
             there, here = found.arrays.get(name), wanted.get(name)
@@ -295,7 +304,12 @@ class Checkpoints:
             timeout_s=_TIMEOUT_S,
         )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        return TrainState(**jax.tree.map(jnp.copy, loaded[0])), found
+        state = TrainState(**jax.tree.map(jnp.copy, loaded[0]))
+        if has_health != wants_health:
+            place = abstract.guard.sharding
+            health = jax.jit(fresh_health, out_shardings=place)() if wants_health else None
+            state = dataclasses.replace(state, health=health)
+        return state, found
 
     def _load(self, step: int, abstract: TrainState, wanted: Mapping[str, str]) -> PyTree:
         try:
@@ -468,6 +482,12 @@ def _finish() -> None:
             checkpoints.wait()
         except errors.UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _health_at(abstract: TrainState) -> Any:
+    place = abstract.guard.sharding
+    shapes = jax.eval_shape(fresh_health)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

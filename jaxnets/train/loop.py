@@ -69,7 +69,7 @@ class StepMetrics:
             place, behind = place - behind, 0
         found = self._at(place)
         loss, norm = found["loss"], found["grad_norm"]
-        which = ""
+        which, index = "", None
         if self._index is not None and not behind:
             index = self._index if place is None else self._index[place]
             index = np.ravel(index)  # in the devices' parts, where pmap has cut it
@@ -77,7 +77,9 @@ class StepMetrics:
             which = f"; its batch has the examples {shown}{', ...' if len(index) > 8 else ''}"
         raise errors.NonFiniteError(
             f"step {guard + 1} was not applied: its loss is {loss:.6g} and the norm of its gradients "
-            f"{norm:.6g}{which}; try a lower learning rate"
+            f"{norm:.6g}{which}; try a lower learning rate",
+            step=guard,
+            index=index,
         )
 
     def _at(self, place: int | None) -> dict[str, float]:
@@ -183,61 +185,67 @@ def fit(
         the state, and the reason why a hook stopped the run, or None.
 
     Raises:
-        NonFiniteError: if the loss or the gradients of a step weren't finite.
+        NonFiniteError: if the loss or the gradients of a step weren't finite; it has the state from
+            before that step.
     """
     clock = clock or Clock()
     programs = {0: train_step, **(later or {})}
     i, end = int(state.step), len(batches)
     previous, known, stop = None, set(), None
-    while i < end:
-        begin = max(begin for begin in programs if begin <= i)
-        count = several.num_steps if several and several.fits(i, end) else 1
-        program = several.programs[begin] if several and count > 1 else programs[begin]
-        is_new = id(program) not in known
-        known.add(id(program))
-        if is_new and previous is not None:
-            previous.check()  # or its time would be taken for compilation
-        start = time.perf_counter()
-        # 1. Draw the batch, or several.
-        beat("data")
-        batch = batches[i] if count == 1 else stack([batches[i + k] for k in range(count)])
-        drawn = time.perf_counter()
-        # 2. Dispatch; the device works while we go on.
-        beat("compile" if is_new else "step")
-        state, values = program(state, batch)
-        index = batch.get("index") if isinstance(batch, Mapping) else None
-        if is_new:
-            jax.block_until_ready(values)
-            beat("step")
-        dispatched = time.perf_counter()
-        if is_new:
-            clock.compile += dispatched - start
-            clock.first_step = clock.first_step or dispatched
-        places = [None] if count == 1 else range(count)
-        done = [
-            StepMetrics(i + k + 1, values, index, clock, place, k + 1 == count)
-            for k, place in enumerate(places)
-        ]
-        i += count
-        if not is_new:
-            clock.data += drawn - start
-            clock.dispatch += dispatched - drawn
-            clock.steps += count
-        # 3. Read the guard of the step before these: late, so that the device always has work.
+    try:
+        while i < end:
+            begin = max(begin for begin in programs if begin <= i)
+            count = several.num_steps if several and several.fits(i, end) else 1
+            program = several.programs[begin] if several and count > 1 else programs[begin]
+            is_new = id(program) not in known
+            known.add(id(program))
+            if is_new and previous is not None:
+                previous.check()  # or its time would be taken for compilation
+            start = time.perf_counter()
+            # 1. Draw the batch, or several.
+            beat("data")
+            batch = batches[i] if count == 1 else stack([batches[i + k] for k in range(count)])
+            drawn = time.perf_counter()
+            # 2. Dispatch; the device works while we go on.
+            beat("compile" if is_new else "step")
+            state, values = program(state, batch)
+            index = batch.get("index") if isinstance(batch, Mapping) else None
+            if is_new:
+                jax.block_until_ready(values)
+                beat("step")
+            dispatched = time.perf_counter()
+            if is_new:
+                clock.compile += dispatched - start
+                clock.first_step = clock.first_step or dispatched
+            places = [None] if count == 1 else range(count)
+            done = [
+                StepMetrics(i + k + 1, values, index, clock, place, k + 1 == count)
+                for k, place in enumerate(places)
+            ]
+            i += count
+            if not is_new:
+                clock.data += drawn - start
+                clock.dispatch += dispatched - drawn
+                clock.steps += count
+            # 3. Read the guard of the step before these: late, so that the device always has work.
+            if previous is not None:
+                previous.check()
+            previous = done[-1]
+            checked, waited = time.perf_counter(), clock.wait
+            # 4. Call the hooks.
+            reasons = [hook(metrics.step, state, metrics) for metrics in done for hook in hooks]
+            stop = next((reason for reason in reasons if reason), None)
+            clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
+            if stop:
+                break
         if previous is not None:
             previous.check()
-        previous = done[-1]
-        checked, waited = time.perf_counter(), clock.wait
-        # 4. Call the hooks.
-        reasons = [hook(metrics.step, state, metrics) for metrics in done for hook in hooks]
-        stop = next((reason for reason in reasons if reason), None)
-        clock.hooks += time.perf_counter() - checked - (clock.wait - waited)
-        if stop:
-            break
-    if previous is not None:
-        previous.check()
-    beat("end")
-    return state, stop
+        beat("end")
+        return state, stop
+    except errors.NonFiniteError as error:
+        # Steps after the faulty one, of which there may be some, have changed nothing.
+        error.state = state
+        raise
 
 
 def stack(batches: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnets.train.health import Health, fresh_health
 from jaxnets.typing import Array, Params, PyTree
 
 InitFn = Callable[[Array], tuple[Params, PyTree]]
@@ -19,7 +20,7 @@ class TrainState:
     """Everything that a step reads and writes.
 
     Attributes:
-        step: int32 `[]`, the number of steps applied.
+        step: int32 `[]`, the number of steps done, those that were skipped among them.
         params: what the optimizer changes.
         model_state: what the model changes itself, such as running statistics; may be empty.
         opt_state: of the Optax transformation.
@@ -27,6 +28,7 @@ class TrainState:
         ema: an exponential moving average of the params, which evaluation then uses, or None.
         guard: int32 `[]`, the step at which the loss or a gradient wasn't finite, -1 if none: from
             then on no step is applied.
+        health: of steps that were skipped, or None where none ever is.
     """
 
     step: Array
@@ -36,10 +38,16 @@ class TrainState:
     key: Array
     ema: Params | None
     guard: Array
+    health: Health | None = None
 
 
 def create_state(
-    init_fn: InitFn, tx: optax.GradientTransformation, *, key: Array, use_ema: bool = False
+    init_fn: InitFn,
+    tx: optax.GradientTransformation,
+    *,
+    key: Array,
+    use_ema: bool = False,
+    use_health: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
@@ -48,6 +56,7 @@ def create_state(
         tx: the optimizer.
         key: a PRNG key, from which both the parameters and the run's key derive.
         use_ema: whether an average of the parameters is kept; it starts as they do.
+        use_health: whether steps may be skipped, as `jaxnets.train.health.uses_health` says.
 
     Returns:
         the state; on which devices is for `Strategy.init` to say.
@@ -62,4 +71,5 @@ def create_state(
         key=run_key,
         ema=params if use_ema else None,
         guard=jnp.full((), -1, jnp.int32),
+        health=fresh_health() if use_health else None,
     )

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from jaxnets.ops.partition import data_axis, data_sum, micro_batch
+from jaxnets.train.health import judge, uses_health
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Array, Batch, LossFn, Params, PyTree, WeightsFn
 
@@ -63,6 +64,8 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     axis_name: str | None = None,
+    on_nonfinite: str = "stop",
+    max_spike: float | None = None,
 ) -> TrainStep:
     """Make `step(state, batch) -> (state, metrics)`.
 
@@ -72,6 +75,11 @@ def make_train_step(
     If the loss or the norm of the gradients isn't finite the old state is kept, its guard is set to
     this step, and every later step is without effect. (An update that overflows although its gradient
     does not shows in the next step's loss.)
+
+    Where steps may be skipped, one that isn't finite, or is a spike, changes nothing but `state.step`
+    and `state.health`: the order of the data goes on, schedules of the optimizer wait. There is a limit
+    to the skipped steps in a row, `jaxnets.train.health.MAX_IN_A_ROW`: after it a step that isn't finite
+    stops the run as above, and a spike is taken for a new level and applied.
 
     Args:
         loss_fn: `loss_fn(params, model_state, batch, *, key) -> (terms, model_state, metrics)`, where
@@ -86,16 +94,21 @@ def make_train_step(
         ema_decay: d in [0, 1) of `ema = d * ema + (1 - d) * params` after each step, for a state that
             has an average; running statistics are not averaged again.
         axis_name: the mapped axis over which the batch is split, under `pmap`; None under `jit`.
+        on_nonfinite: "stop", or "skip" for going on with the next step.
+        max_spike: skip a step whose loss or norm of gradients is more than so many standard deviations
+            above the mean of about the last 128 applied steps; None for never.
 
     Returns:
         the step. Its metrics are scalars: "loss" (the total), "loss/TERM" where there are several,
-        "grad_norm", "guard", and those of loss_fn, computed over the global batch.
+        "grad_norm", "guard", "skipped" (the number so far, where steps may be), and those of loss_fn,
+        computed over the global batch.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1; it is {accumulate}")
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay lies in [0, 1), not {ema_decay}")
     coefficients = dict(coefficients or {})
+    use_health = uses_health(on_nonfinite, max_spike)
 
     def weigh(state: TrainState, batch: Batch) -> dict[str, Array]:
         def losses(params: Params, model_state: PyTree, batch: Batch):
@@ -127,10 +140,21 @@ def make_train_step(
         state: TrainState, grads: Params, model_state: PyTree, sums: Sums
     ) -> tuple[TrainState, dict[str, Array]]:
         parts, metrics = sums
-        loss = sum(parts.values())
+        loss: Any = sum(parts.values())
         grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        is_first_fault = ~is_finite & (state.guard < 0)
+        if (state.health is not None) != use_health:
+            raise ValueError(
+                "a state with health goes with on_nonfinite='skip' or max_spike, and a state without it "
+                "with neither"
+            )
+        is_skipped, health = None, None
+        if state.health is None:
+            is_fault = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        else:
+            is_skipped, is_fault, health = judge(
+                state.health, loss, grad_norm, on_nonfinite=on_nonfinite, max_spike=max_spike
+            )
+        is_first_fault = is_fault & (state.guard < 0)
         guard = jnp.where(is_first_fault, state.step, state.guard).astype(jnp.int32)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -142,11 +166,18 @@ def make_train_step(
             opt_state=opt_state,
             ema=_average(state.ema, params, ema_decay),
         )
-        new_state = jax.tree.map(lambda new, old: jnp.where(guard < 0, new, old), new_state, state)
+        is_on = guard < 0
+        is_applied = is_on if is_skipped is None else is_on & ~is_skipped
+        new_state = _select(is_applied, new_state, state)
+        if health is not None:
+            step, health = _select(is_on, (state.step + 1, health), (state.step, state.health))
+            new_state = dataclasses.replace(new_state, step=step, health=health)
         values = {"loss": loss, "grad_norm": grad_norm, "guard": guard}
         if len(parts) > 1:
             values |= {f"loss/{name}": part for name, part in parts.items()}
         values |= {name: metric.compute() for name, metric in metrics.items()}
+        if health is not None:
+            values["skipped"] = health.skipped
         return dataclasses.replace(new_state, guard=guard), values
 
     return TrainStep(weigh, differentiate, apply, axis_name)
@@ -206,6 +237,10 @@ def scales(totals: Mapping[str, Array], coefficients: Mapping[str, float]) -> di
         name: coefficients.get(name, 1.0) / jnp.where(total == 0, 1, total)
         for name, total in totals.items()
     }
+
+
+def _select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
 def _average(ema: Params | None, params: Params, decay: float | None) -> Params | None:
