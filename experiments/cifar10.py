@@ -63,6 +63,8 @@ class Config:
     eval_views: int = 1
     dtype: str = "float32"  # of the computation: float32 or bfloat16
     patience: int = 0  # evaluations without a better one after which the run ends; 0 is never
+    on_nonfinite: str = "stop"  # or "skip": what becomes of a step that isn't finite
+    max_spike: float | None = None  # skip a step so many standard deviations above the last ones
     seed: int = 0  # of the parameters, the order and dropout
 
 
@@ -166,6 +168,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         batch_size=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,
+        on_nonfinite=config.on_nonfinite,
+        max_spike=config.max_spike,
         ema_decay=config.ema_decay,
         partners=config.mixup > 0,
         patience=config.patience,

@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxnets.ops.forms import is_plain
 from jaxnets.ops.partition import micro_batch
-from jaxnets.train.mesh import CPU_OPTIONS, path_of
+from jaxnets.train.mesh import path_of
+from jaxnets.train.programs import CPU_OPTIONS
 from jaxnets.train.provenance import TAG, Node, Walk, count
 from jaxnets.train.state import TrainState
 from jaxnets.train.step import scales, weighted_sums
