@@ -83,8 +83,12 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """The same as plain values, without the rows of every tensor."""
+
+        def fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in items if name != "rows"}
+
+        return json.loads(json.dumps(dataclasses.asdict(self, dict_factory=fields)))
 
     def __str__(self) -> str:
         lines = [f"step {self.step} was not applied; the last good step is {self.last_good}"]

@@ -378,6 +378,7 @@ def test_after_a_run_from_what_the_error_carries(tmp_path, name, num_steps):
     found = json.loads((tmp_path / "nonfinite.json").read_text())
     assert (found["step"], found["last_good"]) == (seen[0] + 1, seen[0])
     assert (found["tensor"], found["examples"]) == ("batch/x", [bad])
+    assert found["counts"] == {"nan": 4, "inf": 0, "size": 64, "array": "float32[16, 4]"}
     assert f"examples: {bad}" in text
     assert str(error).startswith(f"step {seen[0] + 1} was not applied")
 
