@@ -54,6 +54,7 @@ def check_recipe(
             data or what a stage makes of it, or the data is more than may be kept on a device.
     """
     check_feed(recipe, options or RunOptions())
+    uses_health(recipe.on_nonfinite, recipe.max_spike)
     sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate)
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
@@ -73,9 +74,8 @@ def check_recipe(
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
     """What makes the state before the first step; the same function again for the same recipe."""
-    use_health = uses_health(recipe.on_nonfinite, recipe.max_spike)
     use_ema = recipe.ema_decay is not None
-    return _make_state(recipe.init_fn, recipe.tx, recipe.seed, use_ema, use_health)
+    return _make_state(recipe.init_fn, recipe.tx, recipe.seed, use_ema, recipe.use_health)
 
 
 @functools.lru_cache(maxsize=1)  # what JAX has traced of it once it need not trace again
@@ -264,6 +264,7 @@ def train(
             checkpoints.wait()
         except errors.NonFiniteError as error:
             watchdog.beat("save")
+            say("replaying the step to find where that came from")
             if hosts.is_first():
                 say(report_nonfinite(folder, error, recipe, draws))
             raise

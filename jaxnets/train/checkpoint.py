@@ -491,4 +491,6 @@ def _health_at(abstract: TrainState) -> Any:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """The fields by name, as they are stored; those that came later only where they are in use."""
+    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return found if found["health"] is not None else {k: v for k, v in found.items() if k != "health"}
