@@ -2,7 +2,8 @@
 
 `metrics.jsonl` is the record; it holds no times, so that two runs which compute the same write the
 same bytes. `metrics.csv` is the same as a table, and both are cut back to the restored step when a run
-is resumed. TensorBoard hides by itself what a resumed run wrote before.
+is resumed. TensorBoard hides by itself what a resumed run wrote before. Of several processes the first
+one writes; all have the rows.
 """
 
 import csv
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxnets import errors
+from jaxnets.train import hosts
 from jaxnets.train.checkpoint import write_atomically
 
 Row = dict[str, float | None]
@@ -32,6 +34,10 @@ class MetricsLog:
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self._columns: list[str] = []
         self.rows = _rows_until(self._jsonl, step)
+        hosts.barrier("metrics")  # or the first one's rows would show in what others read
+        self._is_writer = hosts.is_first()
+        if not self._is_writer:
+            return
         write_atomically(self._jsonl, "".join(_line(row) for row in self.rows))
         self._rewrite_table()
         self._lines: IO[str] = self._jsonl.open("a")
@@ -43,6 +49,8 @@ class MetricsLog:
         """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self.rows.append(row)
+        if not self._is_writer:
+            return
         if set(row) <= set(self._columns):
             self._table.write(self._cells(row))
             self._table.flush()
@@ -58,6 +66,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make sure that even a power cut loses none of the rows so far."""
+        if not self._is_writer:
+            return
         for file in (self._lines, self._table):
             file.flush()
             os.fsync(file.fileno())
@@ -67,6 +77,8 @@ class MetricsLog:
     def close(self) -> None:
         """Sync and close the files."""
         self.sync()
+        if not self._is_writer:
+            return
         self._lines.close()
         self._table.close()
         if self._events:

@@ -1,20 +1,26 @@
 """The folder of a run: whose it is, and that nobody else writes into it."""
 
+import contextlib
 import fcntl
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxnets import config, errors
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train import hosts
+from jaxnets.train.files import write_atomically
+from jaxnets.train.verdict import by_first, together
 
 CONFIG = "config.json"
 _LOCK = ".lock"
+_TOKEN = ".token"
+_LOOKS, _LOOK_S = 20, 0.25
 # What may lie in a folder that isn't a run's yet: a duel's report, and what a kill left of a start.
-_HARMLESS = (_LOCK, f"{CONFIG}.tmp", "duel.json", "duel.json.tmp")
+_HARMLESS = (_LOCK, _TOKEN, f"{_TOKEN}.tmp", f"{CONFIG}.tmp", "duel.json", "duel.json.tmp")
 _EXTENDS = ("epochs", "steps")  # a run may be made longer
 
 
@@ -34,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise errors.ConfigError(f"{path} can't be read; it is damaged") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_run(
     folder: Path,
     experiment: str,
@@ -53,13 +59,29 @@ def open_run(
             to FOLDER.1, FOLDER.2, ...
         allow_change: go on with an earlier run although its config differs.
 
+    Of several processes the first one does all this, and the others do as it says.
+
     Yields:
         the folder. `write_config` makes it this run's, as soon as nothing more can be refused.
 
     Raises:
         ConfigError: if the folder is a file, can't be written, is in use, isn't a run's, or holds a
-            run of another experiment or config.
+            run of another experiment or config; if another process doesn't see the same folder.
     """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(_taken(folder, experiment, values, resume, allow_change))
+
+        by_first("run folder", take)
+        _check_shared(folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def _taken(
+    folder: Path, experiment: str, values: Mapping[str, Any], resume: bool, allow_change: bool
+) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise errors.ConfigError(f"the run folder {folder} is a file; choose another --run-dir")
     if folder.is_dir() and not (folder / CONFIG).exists():
@@ -93,13 +115,45 @@ def open_run(
         lock.truncate()
         lock.write(f"process {os.getpid()}")
         lock.flush()
-        yield folder
+        yield
 
 
 def write_config(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
     """Write config.json."""
     content = {"experiment": experiment, "config": dict(values)}
-    write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    by_first("config.json", lambda: write_atomically(folder / CONFIG, text))
+
+
+def _check_shared(folder: Path) -> None:
+    """Make sure that every process sees the first one's folder."""
+    if hosts.count() == 1:
+        return
+    path = folder / _TOKEN
+
+    def write() -> str:
+        token = secrets.token_hex(16)
+        write_atomically(path, token)
+        return token
+
+    token = by_first("run folder/token", write)
+
+    def look() -> None:
+        for _ in range(_LOOKS):  # a network's file system may show it late
+            with contextlib.suppress(OSError):
+                if path.read_text() == token:
+                    return
+            time.sleep(_LOOK_S)
+        raise errors.ConfigError(
+            f"{folder} here isn't the folder that process 0 sees: a run of several processes needs a "
+            "--run-dir on a file system that all of them share"
+        )
+
+    try:
+        together("run folder/seen", look)
+    finally:
+        if hosts.is_first():
+            path.unlink(missing_ok=True)
 
 
 def _compare(folder: Path, experiment: str, values: Mapping[str, Any], allow_change: bool) -> None:
@@ -126,5 +180,5 @@ def _move_aside(folder: Path) -> None:
     aside.mkdir()
     # The config goes last: a kill in between leaves a folder that is still this run's.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.name != _LOCK:
+        if path.name not in (_LOCK, _TOKEN):
             path.rename(aside / path.name)
