@@ -6,6 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxnets.layers import BatchNorm, Dropout
+from jaxnets.models import functional
+from tests.image_classifier import make_loss_fn
+
+NUM_CLASSES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -21,6 +29,34 @@ class Table:
 
     def compute(self):
         return self.total
+
+
+class Normed(nn.Module):
+    """Batch normalisation and dropout in the least that compiles to something."""
+
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, image, *, train=False, rows=None, mask=None):
+        x_BF = nn.Dense(8, dtype=self.dtype, name="dense")(image.reshape(image.shape[0], -1))
+        x_BF = BatchNorm(dtype=self.dtype, name="norm")(x_BF, train=train, mask=mask)
+        x_BF = Dropout(0.3, name="dropout")(jax.nn.relu(x_BF), train=train, rows=rows)
+        return nn.Dense(NUM_CLASSES, dtype=self.dtype, name="head")(x_BF)
+
+
+def normed(**fields):
+    """`(init_fn, apply_fn, loss_fn)` for the images of `arrays`."""
+    example = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.result_type(float))
+    init_fn, apply_fn = functional(Normed(**fields), example)
+    return init_fn, apply_fn, make_loss_fn(apply_fn)
+
+
+def arrays(num_examples: int, seed: int = 0):
+    """Images whose mean tells their class, more or less."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, NUM_CLASSES, num_examples).astype(np.int32)
+    image = rng.normal(50 + 50 * label[:, None, None, None], 40, (num_examples, 4, 4, 1))
+    return {"image": np.clip(image, 0, 255).astype(np.uint8), "label": label}
 
 
 def host(tree):
