@@ -51,7 +51,10 @@ SIZE, PLACES = 32, 24  # rows of a batch, and what each of two layers of dropout
     ids=["loss", "step"],
 )
 def test_no_key_is_used_twice(whole):
-    """From the run's seed over parameters, augmentation, mixing and dropout to the gradients."""
+    """From the run's seed over parameters, augmentation, mixing and dropout to the gradients.
+
+    JAX sees what its own generators use up; the keys of `row_bits` are compared further down.
+    """
     config = cifar10.Config(dataset="digits", model="mlp", batch_size=8, steps=2, crop=2,
                             flip="random", cutout=4, mixup=0.4, ema_decay=0.9)  # fmt: skip
     recipe = cifar10.make_recipe(config, RunOptions())
