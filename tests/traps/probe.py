@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jaxnets import losses, metrics, ops
 from jaxnets.layers import BatchNorm, Dropout
 from jaxnets.models import functional
+from jaxnets.recipe import Recipe
 from tests.image_classifier import make_loss_fn
 
 NUM_CLASSES = 4
@@ -57,6 +60,34 @@ def arrays(num_examples: int, seed: int = 0):
     label = rng.integers(0, NUM_CLASSES, num_examples).astype(np.int32)
     image = rng.normal(50 + 50 * label[:, None, None, None], 40, (num_examples, 4, 4, 1))
     return {"image": np.clip(image, 0, 255).astype(np.uint8), "label": label}
+
+
+def recipe(data=None, *, batch_size: int = 16, eval_batch_size: int = 16) -> Recipe:
+    """To train `Normed` on some data and to evaluate it on the same."""
+    data = arrays(40) if data is None else data
+    init_fn, apply_fn, loss_fn = normed()
+
+    def eval_fn(params, model_state, batch):
+        logits, _ = apply_fn(params, model_state, ops.normalize_images(batch["image"]), train=False)
+        loss = losses.softmax_cross_entropy(logits, batch["label"])
+        correct = metrics.is_correct(logits, batch["label"])
+        return {
+            "accuracy": metrics.Mean.of(correct, batch["mask"]),
+            "loss": metrics.Mean.of(loss, batch["mask"]),
+        }
+
+    return Recipe(
+        name="probe",
+        init_fn=init_fn,
+        loss_fn=loss_fn,
+        eval_fn=eval_fn,
+        tx=optax.sgd(0.05, momentum=0.9),
+        train=data,
+        test=data,
+        num_positions=10 * batch_size,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+    )
 
 
 def host(tree):

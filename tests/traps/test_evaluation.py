@@ -8,16 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from PIL import Image
 
 from experiments import cifar10
-from jaxnets import losses, metrics, ops
+from jaxnets import metrics
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches, cifar, image_folder, load, take
 from jaxnets.evaluation import make_evaluator
-from jaxnets.recipe import Recipe
 from jaxnets.train import create_state, evaluate, make_eval_step, make_strategy, make_train_step
 from jaxnets.train.state import TrainState
 from tests.traps import probe
@@ -66,22 +64,6 @@ def test_every_size_counts_each_example_once(strategy, num_devices):
         np.testing.assert_allclose(found["mean"], 2 * x[:size].astype(np.float64).mean(), rtol=1e-6)
 
 
-def recipe_of(data, eval_batch_size=16, **fields) -> Recipe:
-    init_fn, apply_fn, loss_fn = probe.normed()
-
-    def eval_fn(params, model_state, batch):
-        logits, _ = apply_fn(params, model_state, ops.normalize_images(batch["image"]), train=False)
-        loss = losses.softmax_cross_entropy(logits, batch["label"])
-        correct = metrics.is_correct(logits, batch["label"])
-        return {
-            "accuracy": metrics.Mean.of(correct, batch["mask"]),
-            "loss": metrics.Mean.of(loss, batch["mask"]),
-        }
-
-    return Recipe("probe", init_fn, loss_fn, eval_fn, optax.sgd(0.05, momentum=0.9), data, data, 160, 16,
-                  eval_batch_size=eval_batch_size, **fields)  # fmt: skip
-
-
 def trained(recipe, where, *, evaluator=None, num_steps=6):
     """The state after some steps, evaluated or not in between; and the losses."""
     make_step = functools.partial(make_train_step, recipe.loss_fn, recipe.tx)
@@ -105,7 +87,7 @@ def trained(recipe, where, *, evaluator=None, num_steps=6):
 def test_evaluation_moves_nothing_of_training(strategy, num_devices):
     """Parameters, statistics, moments and the stream of dropout: bit for bit, with and without."""
     where = make_strategy(strategy, num_devices=num_devices)
-    recipe = recipe_of(probe.arrays(40))
+    recipe = probe.recipe(probe.arrays(40))
     plain, losses = trained(recipe, where)
     with_evaluation, others = trained(recipe, where, evaluator=make_evaluator(recipe, where))
     assert losses == others
@@ -116,7 +98,7 @@ def test_the_result_does_not_depend_on_batches_devices_or_order():
     """Running statistics, not the batch's; no dropout. Against one row at a time by hand."""
     data = probe.arrays(37)
     where = make_strategy(num_devices=1)
-    state, _ = trained(recipe_of(data), where)
+    state, _ = trained(probe.recipe(data), where)
     state = jax.device_get(dataclasses.replace(state, key=jnp.zeros(2)))
     stats, params = state.model_state["batch_stats"]["norm"], state.params
     assert np.abs(stats["mean"]).max() > 0.01  # they have been learnt
@@ -133,9 +115,9 @@ def test_the_result_does_not_depend_on_batches_devices_or_order():
     for size, name, num_devices, arrays in [
         (8, "jit", 1, data), (37, "jit", 1, moved), (500, "pmap", 8, moved), (16, "jit", 8, data),
     ]:  # fmt: skip
-        found = make_evaluator(recipe_of(arrays, size), make_strategy(name, num_devices=num_devices))(
-            state
-        )
+        found = make_evaluator(
+            probe.recipe(arrays, eval_batch_size=size), make_strategy(name, num_devices=num_devices)
+        )(state)
         assert (found["count"], found["accuracy"]) == (37, pytest.approx(accuracy, rel=1e-12))
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
