@@ -115,19 +115,21 @@ def masks_of(strategy, num_devices, accumulate, *, has_ids):
     return np.stack(seen)
 
 
-def test_dropout_masks_differ_by_row_layer_and_step_and_by_nothing_else():
+@pytest.mark.parametrize(
+    ("has_ids", "ways"),
+    [
+        pytest.param(False, [("jit", 8, 1), ("pmap", 2, 4)], id="places"),
+        pytest.param(True, [("jit", 4, 2), ("pmap", 8, 1)], id="ids", marks=pytest.mark.long),
+    ],
+)
+def test_dropout_masks_differ_by_row_layer_and_step_and_by_nothing_else(has_ids, ways):
     """Rows on other devices or in other micro-batches are other rows."""
-    for has_ids, others in [
-        (False, [("jit", 8, 1), ("pmap", 8, 1), ("jit", 4, 2), ("pmap", 2, 4)]),
-        (True, [("pmap", 2, 4)]),
-    ]:
-        expected = masks_of("jit", 1, 1, has_ids=has_ids)
-        assert set(np.unique(expected)) == {0, 1}
-        every = expected.transpose(0, 2, 1, 3).reshape(-1, PLACES)
-        assert len(np.unique(every, axis=0)) == len(every) == 2 * 2 * SIZE
-        for how in others:
-            found = masks_of(*how, has_ids=has_ids)
-            np.testing.assert_array_equal(found, expected, err_msg=str(how))
+    expected = masks_of("jit", 1, 1, has_ids=has_ids)
+    assert set(np.unique(expected)) == {0, 1}
+    every = expected.transpose(0, 2, 1, 3).reshape(-1, PLACES)
+    assert len(np.unique(every, axis=0)) == len(every) == 2 * 2 * SIZE
+    for way in ways:
+        np.testing.assert_array_equal(masks_of(*way, has_ids=has_ids), expected, err_msg=str(way))
 
 
 def draw_start(key):
@@ -144,14 +146,14 @@ def start():
     return create_state(draw_start, optax.identity(), key=jax.random.key(11))
 
 
-def test_a_start_is_the_same_on_any_number_of_devices():
+@pytest.mark.parametrize("num_devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (2, 4)), 8])
+def test_a_start_is_the_same_on_any_number_of_devices(num_devices):
     expected = make_strategy(num_devices=1).init(start)
-    for num_devices in (2, 4, 8):
-        where = make_strategy(num_devices=num_devices, rules=[("spread", P("data")), (".*", P())])
-        state = where.init(start)
-        assert not state.params["spread"].sharding.is_fully_replicated
-        assert len(state.params["normal"].sharding.device_set) == num_devices
-        probe.assert_same(state, expected)
+    where = make_strategy(num_devices=num_devices, rules=[("spread", P("data")), (".*", P())])
+    state = where.init(start)
+    assert not state.params["spread"].sharding.is_fully_replicated
+    assert len(state.params["normal"].sharding.device_set) == num_devices
+    probe.assert_same(state, expected)
 
 
 CONFIG = cifar10.Config(dataset="digits", model="mlp", batch_size=16, steps=3, crop=2,
