@@ -87,8 +87,10 @@ class BatchNorm(nn.Module):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 # A micro-batch of fill-up rows alone has nothing to say.
                 weight = jnp.where(count > 0, 1 - self.momentum, 0)
-                mean_var.value += weight * (mean - mean_var.value)
-                var_var.value += weight * (unbiased - var_var.value)
+                for running, new in ((mean_var, mean), (var_var, unbiased)):
+                    # In its own dtype: float64 images would leave float64, and a program of their own.
+                    change = weight * (new - running.value)
+                    running.value += change.astype(running.value.dtype)
         else:
             mean, var = mean_var.value, var_var.value
         dtype = jnp.promote_types(x.dtype, jnp.float32)

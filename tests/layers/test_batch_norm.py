@@ -231,3 +231,9 @@ def test_initialisation_counts_nothing_and_evaluation_changes_nothing():
     np.testing.assert_allclose(out, x / np.sqrt(1 + 1e-5), rtol=1e-6)
     for name, values in changed["batch_stats"].items():
         np.testing.assert_array_equal(values, variables["batch_stats"][name])
+
+
+def test_float64_images_leave_float32_statistics(x64):
+    """Or a step would give back another type than it took, and be compiled anew."""
+    _, after = train(variables_of(np.float32), images())
+    assert {x.dtype for x in after["batch_stats"].values()} == {np.dtype("float32")}
