@@ -107,7 +107,10 @@ class _Shards:
         self._everywhere = NamedSharding(mesh, P())
         self._gather = _make_gather(mesh)
         self._has_arrays = arrays is not None
-        self._resident = {k: jax.device_put(dict(arrays or {}), at) for k, at in self.devices.items()}
+        self._resident = {
+            k: {name: _placed(x, at) for name, x in (arrays or {}).items()}
+            for k, at in self.devices.items()
+        }
 
     def resident(self, k: int) -> Mapping[str, Array]:
         """The data set on the k-th device; empty if there is none."""
@@ -180,6 +183,13 @@ def _mean_in_order(parts: Array) -> Array:
 def _on(x: Array, device: Any) -> Array:
     """The copy of a replicated array that lies on a device."""
     return next(shard.data for shard in x.addressable_shards if shard.device == device)
+
+
+def _placed(x: Any, device: Any) -> Array:
+    """An array of the host, or a replicated one, on a device."""
+    if isinstance(x, jax.Array) and device in x.sharding.device_set:
+        return _on(x, device)
+    return jax.device_put(x, device)
 
 
 def _make_gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:

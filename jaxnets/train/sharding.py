@@ -253,7 +253,8 @@ class Strategy:
         return run
 
     def _split(self, x: Any) -> Any:
-        return np.reshape(np.asarray(x), (self.num_devices, -1, *np.shape(x)[1:]))
+        x = np.asarray(x)
+        return np.reshape(x, (self.num_devices, len(x) // self.num_devices, *x.shape[1:]))
 
     def _from_rows(self, x: Any) -> Array:
         """A global array from this process's rows of it."""

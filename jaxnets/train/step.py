@@ -168,7 +168,9 @@ def make_train_step(
         )
         is_on = guard < 0
         is_applied = is_on if is_skipped is None else is_on & ~is_skipped
-        new_state = _select(is_applied, new_state, state)
+        # Without the key, which never changes: to choose between it and itself would use it twice.
+        new_state, old_state = (dataclasses.replace(x, key=None) for x in (new_state, state))
+        new_state = _select(is_applied, new_state, old_state)
         if health is not None:
             step, health = _select(is_on, (state.step + 1, health), (state.step, state.health))
             new_state = dataclasses.replace(new_state, step=step, health=health)
@@ -178,7 +180,7 @@ def make_train_step(
         values |= {name: metric.compute() for name, metric in metrics.items()}
         if health is not None:
             values["skipped"] = health.skipped
-        return dataclasses.replace(new_state, guard=guard), values
+        return dataclasses.replace(new_state, guard=guard, key=state.key), values
 
     return TrainStep(weigh, differentiate, apply, axis_name)
 

@@ -13,7 +13,7 @@ import tiny
 
 from jaxnets import models, registry
 from jaxnets.train import create_state, make_schedule, make_strategy, make_train_step, optim
-from jaxnets.train.sharding import path_of
+from jaxnets.train.mesh import path_of
 from tests.traps import probe
 
 RATE, MOMENTUM, DECAY, CLIP, STEPS = 0.01, 0.8, 0.1, 1.0, 20

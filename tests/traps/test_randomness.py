@@ -37,17 +37,7 @@ SIZE, PLACES = 32, 24  # rows of a batch, and what each of two layers of dropout
 
 @pytest.mark.parametrize(
     "whole",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                raises=jax.errors.KeyReuseError,
-                strict=True,
-                reason="the step selects between the run's key and itself",
-            ),
-        ),
-    ],
+    [False, True],
     ids=["loss", "step"],
 )
 def test_no_key_is_used_twice(whole):
