@@ -7,21 +7,25 @@ the coordinator; one that fails must let the others go, or they would wait for m
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxnets.train import hosts
 from jaxnets.typing import PyTree
 
-# Where Orbax's processes wait for one another in a save, once it has begun.
+# Where Orbax's processes wait for one another, beside the collectives at the beginning of a save: names
+# of the operation and of the barrier.
 _BARRIERS_OF_A_SAVE = (
-    "create_directory:post",
-    "save_and_finalize_{id}_commit_complete",
-    "save_and_finalize_{id}_finalize_complete",
-    "save_checkpointables_async:finalize",
+    ("{id}", "next_awaitable_signal_operation_id:sync"),
+    ("{id}", "save_checkpointables_async:maybe_overwrite_existing:pre"),
+    ("{id}", "save_checkpointables_async:maybe_overwrite_existing:post"),
+    ("{id}", "create_directory:post"),
+    ("{id}.state", "save_and_finalize_{id}.state_commit_complete"),
+    ("{id}.state", "save_and_finalize_{id}.state_finalize_complete"),
+    ("{id}", "save_checkpointables_async:finalize"),
 )
-_BARRIERS_OF_A_LOAD = ("_load_impl",)
+_BARRIERS_OF_A_LOAD = (("{id}", "next_awaitable_signal_operation_id:sync"), ("{id}", "_load_impl"))
 
 
 def prepare() -> None:
@@ -40,19 +44,16 @@ def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:
         folder: not there yet; the one above it is.
         tree: of arrays, global ones if there are several processes. They mustn't be used up.
     """
-
-    def begin() -> Any:
-        return _orbax().save_async(str(folder), tree)
-
     if hosts.count() == 1:  # no collectives, and less to wait for here
-        return lambda: begin().result()
+        return lambda: _orbax().save_async(str(folder), tree).result()
+    before = _operation()
     try:
-        response = begin()
+        response = _orbax().save_async(str(folder), tree)
     except Exception as error:
         caught = error
 
         def fail() -> None:
-            _release_others(_BARRIERS_OF_A_SAVE)
+            _release_others(_BARRIERS_OF_A_SAVE, before)
             raise caught
 
         return fail
@@ -61,7 +62,7 @@ def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:
         try:
             response.result()
         except Exception:
-            _release_others(_BARRIERS_OF_A_SAVE)
+            _release_others(_BARRIERS_OF_A_SAVE[3:], before)
             raise
 
     return end
@@ -69,10 +70,11 @@ def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:
 
 def load(folder: Path, abstract: PyTree) -> PyTree:
     """Read arrays, to where `abstract` says."""
+    before = _operation()
     try:
         return _orbax().load(str(folder), abstract)
     except Exception:
-        _release_others(_BARRIERS_OF_A_LOAD)
+        _release_others(_BARRIERS_OF_A_LOAD, before)
         raise
 
 
@@ -90,24 +92,34 @@ def own_files(folder: Path) -> list[Path]:
     return [path for path in paths if owner(path.relative_to(folder)) == hosts.index()]
 
 
-def _release_others(barriers: tuple[str, ...]) -> None:
+def _release_others(barriers: Sequence[tuple[str, str]], before: str) -> None:
     """Come to every barrier at which others may wait; what failed here they are told afterwards.
 
     One who hasn't come to a barrier yet finds it failed.
+
+    Args:
+        barriers: of the operation that failed.
+        before: the number of the operation before that.
     """
     if hosts.count() == 1:
         return
-    from orbax.checkpoint._src.futures import future, synchronization
+    from orbax.checkpoint._src.futures import synchronization
 
-    operation = synchronization.OperationIdGenerator.get_current_operation_id()
-    if hosts.is_first():
-        signals = synchronization.HandlerAwaitableSignal
-        made = [signals.STEP_DIRECTORY_CREATION, signals.ITEM_DIRECTORY_CREATION]
-        future.set_signals(made, operation_id=operation)
+    if _operation() == before:  # it failed before it had a number, and the others have counted it
+        synchronization.OperationIdGenerator.next_operation_id()
+    number = _operation()
     sync = _orbax().multihost.sync_global_processes
-    for barrier in barriers:
+    for operation, barrier in barriers:
+        names = {"key": barrier.format(id=number), "operation_id": operation.format(id=number)}
         with contextlib.suppress(Exception):
-            asyncio.run(sync(barrier.format(id=operation), operation_id=operation, timeout=1))
+            asyncio.run(sync(**names, timeout=1))
+
+
+def _operation() -> str:
+    """Which of Orbax's operations was the last: all processes must count alike."""
+    from orbax.checkpoint._src.futures import synchronization
+
+    return synchronization.OperationIdGenerator.get_current_operation_id()
 
 
 def _orbax() -> Any:
