@@ -86,9 +86,8 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
     whole, broken = (
         [json.loads(line) for line in rows(tmp_path / n).splitlines()] for n in ("whole", "broken")
     )
-    extra = [
-        row for row in broken if row["step"] == 4 and "eval/count" in row
-    ]  # where the first leg ended
+    # Where the first leg ended it was evaluated.
+    extra = [row for row in broken if row["step"] == 4 and "eval/count" in row]
     assert len(extra) == 1
     assert [row for row in broken if row not in extra] == whole
     result = json.loads((tmp_path / "broken" / "result.json").read_text())
