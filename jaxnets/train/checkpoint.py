@@ -231,7 +231,7 @@ class Checkpoints:
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
         # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
-        copy = jax.block_until_ready(jax.tree.map(jnp.copy, _as_dict(state)))
+        copy = jax.block_until_ready(_copy(_as_dict(state)))
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         _wait_at_exit(self)
@@ -304,7 +304,7 @@ class Checkpoints:
             timeout_s=_TIMEOUT_S,
         )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        state = TrainState(**jax.tree.map(jnp.copy, loaded[0]))
+        state = TrainState(**_copy(loaded[0]))
         if has_health != wants_health:
             place = abstract.guard.sharding
             health = jax.jit(fresh_health, out_shardings=place)() if wants_health else None
@@ -482,6 +482,11 @@ def _finish() -> None:
             checkpoints.wait()
         except errors.UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+@jax.jit  # one program, which is faster than one for each leaf
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _health_at(abstract: TrainState) -> Any:
