@@ -2,23 +2,29 @@
 
 `metrics.jsonl` is the record; it holds no times, so that two runs which compute the same write the
 same bytes. `metrics.csv` is the same as a table, and both are cut back to the restored step when a run
-is resumed. TensorBoard hides by itself what a resumed run wrote before. Of several processes the first
-one writes; all have the rows.
+is resumed. TensorBoard hides by itself what a resumed run wrote before.
+
+Of several processes the first one writes; all keep the rows, which are the same.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from jaxnets import errors
 from jaxnets.train import hosts
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.files import write_atomically
+from jaxnets.train.verdict import by_first
 
+_PATIENCE_S = 20.0  # until a file shows on another host
 Row = dict[str, float | None]
 
 
@@ -33,23 +39,29 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int):
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self._columns: list[str] = []
-        self.rows = _rows_until(self._jsonl, step)
-        hosts.barrier("metrics")  # or the first one's rows would show in what others read
-        self._is_writer = hosts.is_first()
-        if not self._is_writer:
-            return
-        write_atomically(self._jsonl, "".join(_line(row) for row in self.rows))
-        self._rewrite_table()
-        self._lines: IO[str] = self._jsonl.open("a")
-        self._table: IO[str] = self._csv.open("a", newline="")
+        self.rows: list[Row] = []
         self._folder, self._step = folder, step
         self._events: Any = None
+        size, digest = by_first("metrics/cut", self._cut)
+        if hosts.is_first():
+            self._lines: IO[str] = self._jsonl.open("a")
+            self._table: IO[str] = self._csv.open("a", newline="")
+        else:
+            self.rows = _rows(_shown(self._jsonl, size, digest), self._jsonl)
+
+    def _cut(self) -> tuple[int, str]:
+        """Take out what is behind the step; how long the record is then, and its digest."""
+        self.rows = _rows_until(self._jsonl, self._step)
+        content = "".join(_line(row) for row in self.rows).encode()
+        write_atomically(self._jsonl, content)
+        self._rewrite_table()
+        return len(content), hashlib.sha256(content).hexdigest()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self.rows.append(row)
-        if not self._is_writer:
+        if not hosts.is_first():
             return
         if set(row) <= set(self._columns):
             self._table.write(self._cells(row))
@@ -66,7 +78,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make sure that even a power cut loses none of the rows so far."""
-        if not self._is_writer:
+        if not hosts.is_first():
             return
         for file in (self._lines, self._table):
             file.flush()
@@ -77,7 +89,7 @@ class MetricsLog:
     def close(self) -> None:
         """Sync and close the files."""
         self.sync()
-        if not self._is_writer:
+        if not hosts.is_first():
             return
         self._lines.close()
         self._table.close()
@@ -108,8 +120,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: if another line can't be read.
     """
+    return _rows(path.read_bytes() if path.exists() else b"", path)
+
+
+def _rows(content: bytes, path: Path) -> list[Row]:
     rows: list[Row] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = content.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -123,6 +139,19 @@ def read_rows(path: Path) -> list[Row]:
 
 def _rows_until(path: Path, step: int) -> list[Row]:
     return [row for row in read_rows(path) if (row["step"] or 0) <= step]
+
+
+def _shown(path: Path, size: int, digest: str) -> bytes:
+    """The beginning of a file as another host has written it, once it shows here."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            content = file.read(size)
+            if hashlib.sha256(content).hexdigest() == digest:
+                return content
+        if time.monotonic() > end:
+            raise errors.HostError(f"process {hosts.index()} doesn't see {path} as process 0 wrote it")
+        time.sleep(0.1)
 
 
 def _finite(value: float) -> float | None:

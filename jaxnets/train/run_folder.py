@@ -1,26 +1,35 @@
-"""The folder of a run: whose it is, and that nobody else writes into it."""
+"""The folder of a run: whose it is, that it can be written, and that nobody else writes into it."""
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
+import shutil
+import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxnets import config, errors
 from jaxnets.train import hosts
 from jaxnets.train.files import write_atomically
+from jaxnets.train.folder_lock import LOCK, NOW, locked
 from jaxnets.train.verdict import by_first, together
 
 CONFIG = "config.json"
-_LOCK = ".lock"
-_TOKEN = ".token"
-_LOOKS, _LOOK_S = 20, 0.25
+_CHECKPOINTS = "checkpoints"
+_PROBE = ".probe"
+_TOKEN = ".shared"
+_LONGEST = 120  # as many letters as a path has within the folder of a checkpoint
+_PATIENCE_S = 20.0  # until a file shows on another host
 # What may lie in a folder that isn't a run's yet: a duel's report, and what a kill left of a start.
-_HARMLESS = (_LOCK, _TOKEN, f"{_TOKEN}.tmp", f"{CONFIG}.tmp", "duel.json", "duel.json.tmp")
+_HARMLESS = (
+    *(LOCK, NOW, _PROBE, _TOKEN, f"{_TOKEN}.tmp"),
+    *(f"{CONFIG}.tmp", "duel.json", "duel.json.tmp"),
+)
 _EXTENDS = ("epochs", "steps")  # a run may be made longer
 
 
@@ -40,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise errors.ConfigError(f"{path} can't be read; it is damaged") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_run(
     folder: Path,
     experiment: str,
@@ -51,6 +60,8 @@ def open_run(
 ) -> Iterator[Path]:
     """Take a folder for a run, new or to be gone on with, and lock it while this is open.
 
+    Of several processes the first one does, and the others take its word; all must see the same folder.
+
     Args:
         folder: made if it isn't there.
         experiment: its name.
@@ -59,101 +70,120 @@ def open_run(
             to FOLDER.1, FOLDER.2, ...
         allow_change: go on with an earlier run although its config differs.
 
-    Of several processes the first one does all this, and the others do as it says.
-
     Yields:
         the folder. `write_config` makes it this run's, as soon as nothing more can be refused.
 
     Raises:
         ConfigError: if the folder is a file, can't be written, is in use, isn't a run's, or holds a
-            run of another experiment or config; if another process doesn't see the same folder.
+            run of another experiment or config.
     """
     with contextlib.ExitStack() as stack:
-
-        def take() -> None:
-            stack.enter_context(_taken(folder, experiment, values, resume, allow_change))
-
-        by_first("run folder", take)
-        _check_shared(folder)
+        by_first(
+            "run folder/open",
+            lambda: _open(stack, folder, experiment, values, resume=resume, allow_change=allow_change),
+        )
+        if hosts.count() > 1:
+            _check_shared(folder)
         yield folder
 
 
-@contextlib.contextmanager
-def _taken(
-    folder: Path, experiment: str, values: Mapping[str, Any], resume: bool, allow_change: bool
-) -> Iterator[None]:
-    if folder.exists() and not folder.is_dir():
+def write_config(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
+    """Write config.json; of several processes the first one does."""
+    text = json.dumps({"experiment": experiment, "config": dict(values)}, indent=1) + "\n"
+    by_first("run folder/config", lambda: write_atomically(folder / CONFIG, text))
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    experiment: str,
+    values: Mapping[str, Any],
+    *,
+    resume: bool,
+    allow_change: bool,
+) -> None:
+    try:
+        _check_kind(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
+        _probe(folder)
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the run folder {folder} can't be written: {error.strerror}; choose another --run-dir"
+        ) from None
+    if (folder / CONFIG).exists():
+        if resume:
+            _compare(folder, experiment, values, allow_change)
+        else:
+            _move_aside(folder)
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse what isn't a folder for a run."""
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise errors.ConfigError(
+                f"the run folder {folder} is a link to {os.readlink(folder)}, which isn't there"
+            ) from None
+        return
+    if not is_folder:
         raise errors.ConfigError(f"the run folder {folder} is a file; choose another --run-dir")
-    if folder.is_dir() and not (folder / CONFIG).exists():
+    if not (folder / CONFIG).exists():
         strange = sorted(path.name for path in folder.iterdir() if path.name not in _HARMLESS)
         if strange:
             raise errors.ConfigError(
                 f"{folder} is not the folder of a run, and not empty (it has {strange[0]}); "
                 "choose another --run-dir"
             )
+    if (folder / _CHECKPOINTS).exists() and not (folder / _CHECKPOINTS).is_dir():
+        raise errors.ConfigError(f"{folder / _CHECKPOINTS} is a file, and checkpoints go there")
+
+
+def _probe(folder: Path) -> None:
+    """Write where checkpoints will lie, with a path as long as theirs, before hours of training."""
+    parent = folder / _CHECKPOINTS
+    probe = (parent if parent.exists() else folder) / _PROBE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("a+")
-    except OSError as error:
-        raise errors.ConfigError(
-            f"the run folder {folder} can't be written: {error.strerror}; choose another --run-dir"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise errors.ConfigError(
-                f"another process ({lock.read().strip() or 'unknown'}) is running in {folder}"
-            ) from None
-        if (folder / CONFIG).exists():
-            if resume:
-                _compare(folder, experiment, values, allow_change)
-            else:
-                _move_aside(folder)
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
-        yield
-
-
-def write_config(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
-    """Write config.json."""
-    content = {"experiment": experiment, "config": dict(values)}
-    text = json.dumps(content, indent=1) + "\n"
-    by_first("config.json", lambda: write_atomically(folder / CONFIG, text))
+        deep = probe / ("x" * _LONGEST)
+        deep.mkdir(parents=True, exist_ok=True)
+        with (deep / "x").open("wb") as file:
+            file.write(b"x" * 65536)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
 
 
 def _check_shared(folder: Path) -> None:
-    """Make sure that every process sees the first one's folder."""
-    if hosts.count() == 1:
-        return
-    path = folder / _TOKEN
+    """Make sure that all processes see the same folder, and not each one of its own host."""
 
     def write() -> str:
         token = secrets.token_hex(16)
-        write_atomically(path, token)
+        write_atomically(folder / _TOKEN, token)
         return token
 
     token = by_first("run folder/token", write)
 
     def look() -> None:
-        for _ in range(_LOOKS):  # a network's file system may show it late
+        end = time.monotonic() + _PATIENCE_S
+        while True:
             with contextlib.suppress(OSError):
-                if path.read_text() == token:
+                if (folder / _TOKEN).read_text() == token:
                     return
-            time.sleep(_LOOK_S)
-        raise errors.ConfigError(
-            f"{folder} here isn't the folder that process 0 sees: a run of several processes needs a "
-            "--run-dir on a file system that all of them share"
-        )
+            if time.monotonic() > end:
+                raise errors.ConfigError(
+                    f"the run folder {folder} on {socket.gethostname()} is not the one that process 0 "
+                    "writes; choose a --run-dir that all hosts share"
+                )
+            time.sleep(0.1)
 
     try:
-        together("run folder/seen", look)
+        together("run folder/shared", look)
     finally:
         if hosts.is_first():
-            path.unlink(missing_ok=True)
+            (folder / _TOKEN).unlink(missing_ok=True)
 
 
 def _compare(folder: Path, experiment: str, values: Mapping[str, Any], allow_change: bool) -> None:
@@ -180,5 +210,5 @@ def _move_aside(folder: Path) -> None:
     aside.mkdir()
     # The config goes last: a kill in between leaves a folder that is still this run's.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.name not in (_LOCK, _TOKEN):
+        if path.name != LOCK:
             path.rename(aside / path.name)
