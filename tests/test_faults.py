@@ -51,8 +51,9 @@ def test_a_record_that_cannot_be_written_ends_the_run_with_its_last_checkpoint(
         write(self, step, values)
 
     monkeypatch.setattr(MetricsLog, "write", full)
-    words = ["train", "--dataset", "digits", "--model", "mlp", "--batch-size", "64", "--no-pictures",
-             "--num-devices", "1", "--steps", "12", "--log-every", "1", "--checkpoint-every", "4"]  # fmt: skip
+    words = ["train", "--dataset", "digits", "--model", "mlp", "--batch-size", "64",
+             "--num-devices", "1", "--steps", "12", "--log-every", "1", "--checkpoint-every", "4",
+             "--no-pictures"]  # fmt: skip
     words += ["--run-dir", str(tmp_path / "r")]
     assert cli.main(cifar10.EXPERIMENT, words) == 2
     err = capsys.readouterr().err
