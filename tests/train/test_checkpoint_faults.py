@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -345,3 +346,34 @@ def test_an_end_within_a_save(tmp_path, strategy):
     assert "the disk is full" in said[0]
     assert "the program is ending" in said[1]
     assert ended.err.count("ValueError: oops") == 2
+
+
+def test_a_folder_that_may_only_be_read(two, strategy, tmp_path):
+    """What is there can be evaluated; a save says at once why it can't be."""
+    folder, state = two
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copytree(folder, disk / "c")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        checkpoints = Checkpoints(disk / "c")
+        restored, _ = checkpoints.restore(checkpoints.best(), strategy.abstract(t.make_state))
+        t.assert_same(t.at_step(state, 3), restored)
+        with pytest.raises(errors.CheckpointError, match=r"step 5 .*Read-only file system; .*step 4"):
+            checkpoints.save(t.at_step(state, 5))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_place_that_is_a_file(tmp_path, strategy):
+    state = strategy.init(t.make_state)
+    (tmp_path / "c").write_text("x")
+    for folder in (tmp_path / "c", tmp_path / "c" / "below"):
+        checkpoints = Checkpoints(folder)
+        assert checkpoints.restore_latest(strategy.abstract(t.make_state)) == (None, None, [])
+        with pytest.raises(errors.CheckpointError, match=r"step 0 could not .*; there is no earlier"):
+            checkpoints.save(state)
+    assert (tmp_path / "c").read_text() == "x"

@@ -10,7 +10,7 @@ import golden_run
 import pytest
 
 from jaxnets import errors
-from jaxnets.train import Checkpoints, make_strategy
+from jaxnets.train import Checkpoints, make_strategy, manifest
 
 GOLDENS = sorted(Path(__file__).parents[1].glob("goldens/checkpoint-*"))
 
@@ -24,9 +24,9 @@ def test_there_is_one_of_each_version():
 def test_a_checkpoint_of_that_version_is_gone_on_with(folder, devices):
     expected = json.loads((folder / "expected.json").read_text())
     abstract = make_strategy(num_devices=devices).abstract(golden_run.make_state)
-    state, manifest, lines = Checkpoints(folder).restore_latest(abstract)
-    assert (manifest.step, lines) == (expected["step"], [])
-    assert manifest.versions["jaxnets"] == folder.name.removeprefix("checkpoint-")
+    state, found, lines = Checkpoints(folder).restore_latest(abstract)
+    assert (found.step, lines) == (expected["step"], [])
+    assert found.versions["jaxnets"] == folder.name.removeprefix("checkpoint-")
     after, loss = golden_run.step(state)
     assert float(loss) == pytest.approx(expected["next_loss"], rel=1e-6)
     assert int(after.step) == expected["step"] + 1
@@ -36,7 +36,7 @@ def test_what_a_newer_version_wrote_is_refused_and_kept(tmp_path):
     shutil.copytree(GOLDENS[0], tmp_path / "c")
     path = tmp_path / "c" / "00000003" / "manifest.json"
     content = json.loads(path.read_text())["content"]
-    content["format"] += 1
+    content["format"] = manifest.FORMAT + 1
     content["versions"]["jaxnets"] = "7.0"
     content["what_came_since"] = {}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
