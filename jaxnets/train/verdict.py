@@ -57,10 +57,14 @@ def together(name: str, work: Callable[[], T], *, timeout_s: float = hosts.TIMEO
         caught = error
         is_ours = isinstance(error, errors.UserError)
         kind = type(error).__name__ if is_ours else errors.HostError.__name__
-        outcome = {"kind": kind, "line": str(error)}
+        waited = any(isinstance(x, TimeoutError) for x in (error, error.__cause__))
+        outcome = {"kind": kind, "line": str(error), "waited": waited}
     everyone = hosts.gather(name, outcome, timeout_s=timeout_s)
-    for i, other in enumerate(everyone):
-        if "kind" in other:
-            kind = getattr(errors, other["kind"], errors.HostError)
-            raise kind(f"process {i}: {other['line']}") from caught
+    failed = [(i, other) for i, other in enumerate(everyone) if "kind" in other]
+    if failed:
+        # One that only waited in vain, for another that failed, doesn't know the cause.
+        i, first = min(failed, key=lambda found: found[1]["waited"])
+        raise getattr(errors, first["kind"], errors.HostError)(
+            f"process {i}: {first['line']}"
+        ) from caught
     return [other["value"] for other in everyone]
