@@ -14,9 +14,6 @@ import dataclasses
 import errno
 import re
 import shutil
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ import jax.numpy as jnp
 
 from jaxnets import errors
 from jaxnets.train import array_store, files, hosts, manifest
+from jaxnets.train.at_exit import wait_at_exit
 from jaxnets.train.files import first_line
 from jaxnets.train.files import write_atomically as write_atomically
 from jaxnets.train.health import fresh_health
@@ -234,7 +232,7 @@ class Checkpoints:
         copy = jax.block_until_ready(_copy(_as_dict(state)))
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
-        _wait_at_exit(self)
+        wait_at_exit(self)
         end = array_store.begin_save(self._path(step) / _STATE, copy)
         try:
             self._pending = self._executor.submit(self._write, end, record, set(keep))
@@ -459,29 +457,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
-
-
-_open: "weakref.WeakSet[Checkpoints]" = weakref.WeakSet()
-_is_registered = False
-
-
-def _wait_at_exit(checkpoints: Checkpoints) -> None:
-    """See to it that the program doesn't end within a save, or with one that failed in silence."""
-    global _is_registered
-    _open.add(checkpoints)
-    if not _is_registered:
-        # `atexit` comes too late: by then Python starts no work in threads any more, as Orbax must.
-        with contextlib.suppress(RuntimeError):  # the program is ending
-            threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]
-        _is_registered = True
-
-
-def _finish() -> None:
-    for checkpoints in list(_open):
-        try:
-            checkpoints.wait()
-        except errors.UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 @jax.jit  # one program, which is faster than one for each leaf

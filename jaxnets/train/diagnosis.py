@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from jaxnets import errors
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.files import first_line, write_atomically
 from jaxnets.train.mesh import path_of
 from jaxnets.train.provenance import Counts, Node, Tag, Walk, count, on_one_device
 from jaxnets.train.replay import Replay, is_bad
@@ -190,7 +190,7 @@ def report_nonfinite(
         write_atomically(folder / FILE, json.dumps(diagnosis.to_json(), indent=1) + "\n")
         return str(diagnosis)
     except Exception as failure:
-        return f"the step could not be replayed: {_first_line(failure)}"
+        return f"the step could not be replayed: {first_line(failure)}"
 
 
 def batch_of(data: Any, draw: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _search(
         )
     except Exception as error:  # whatever an operation that can't be replayed alone says
         walk, results = None, []
-        note = f"the operations could not be replayed one by one: {_first_line(error)}"
+        note = f"the operations could not be replayed one by one: {first_line(error)}"
     if is_forward:
         terms = tuple(name for name, _ in results) or _names(parts)
         first = f"loss term {terms[0]}"
@@ -371,7 +371,3 @@ def _here(x: Any, *, device: Any) -> Any:
 
 def _list(items: Sequence[Any]) -> str:
     return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -19,6 +19,7 @@ from jax._src import (
 )  # the service's client has no public name; Orbax takes it from here too
 
 from jaxnets import errors
+from jaxnets.train.files import first_line
 
 TIMEOUT_S = 300.0
 
@@ -103,7 +104,7 @@ def join(
         )
     except Exception as error:
         distributed.global_state.client = None
-        raise errors.ConfigError(f"{who} could not join {place}: {_first_line(error)}") from error
+        raise errors.ConfigError(f"{who} could not join {place}: {first_line(error)}") from error
     finally:
         timer.cancel()
 
@@ -124,7 +125,7 @@ def cluster_size() -> int:
         except Exception as error:
             raise errors.ConfigError(
                 f"this looks like a cluster ({kind.name}), which doesn't say how many processes there "
-                f"are ({_first_line(error)}): give --coordinator, --num-processes and --process-id"
+                f"are ({first_line(error)}): give --coordinator, --num-processes and --process-id"
             ) from error
     return 1
 
@@ -142,7 +143,7 @@ def barrier(name: str, *, timeout_s: float = TIMEOUT_S) -> None:
     if count() == 1:
         return
     try:
-        _client().wait_at_barrier(_numbered(f"barrier/{name}"), round(timeout_s * 1000))
+        client().wait_at_barrier(_numbered(f"barrier/{name}"), round(timeout_s * 1000))
     except Exception as error:
         raise _lost(
             f"not all {count()} processes came to {name!r} within {timeout_s:g} s", error
@@ -163,12 +164,12 @@ def gather(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> list[Any]:
     if count() == 1:
         return [json.loads(json.dumps(value))]
     key = _numbered(f"gather/{name}")
-    client = _client()
-    client.key_value_set(f"{key}/{index()}", json.dumps(value))
+    service = client()
+    service.key_value_set(f"{key}/{index()}", json.dumps(value))
     found = []
     for i in range(count()):
         try:
-            found.append(client.blocking_key_value_get(f"{key}/{i}", round(timeout_s * 1000)))
+            found.append(service.blocking_key_value_get(f"{key}/{i}", round(timeout_s * 1000)))
         except Exception as error:
             what = f"process {i} of {count()} said nothing of {name!r} within {timeout_s:g} s"
             raise _lost(what, error) from error
@@ -181,9 +182,9 @@ def broadcast(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> Any:
         return json.loads(json.dumps(value))
     key = _numbered(f"broadcast/{name}")
     if is_first():
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
     try:
-        return json.loads(_client().blocking_key_value_get(key, round(timeout_s * 1000)))
+        return json.loads(client().blocking_key_value_get(key, round(timeout_s * 1000)))
     except Exception as error:
         raise _lost(
             f"the first process said nothing of {name!r} within {timeout_s:g} s", error
@@ -217,7 +218,8 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _client() -> Any:
+def client() -> Any:
+    """JAX's client of the coordinator; None with one process."""
     return distributed.global_state.client
 
 
@@ -227,11 +229,7 @@ def _numbered(name: str) -> str:
 
 
 def _lost(what: str, error: Exception) -> errors.HostError:
-    return errors.HostError(f"{what}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return errors.HostError(f"{what}: {first_line(error)}")
 
 
 def _short(value: Any) -> str:

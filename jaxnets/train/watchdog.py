@@ -166,12 +166,12 @@ def _who() -> str:
 def _tell(why: str, *, is_hung: bool = True) -> None:
     message = {"process": hosts.index(), "why": why, "is_hung": is_hung}
     with suppress(Exception):  # somebody else was first, or there is no coordinator any more
-        hosts._client().key_value_set(_KEY, json.dumps(message))
+        hosts.client().key_value_set(_KEY, json.dumps(message))
 
 
 def _heard() -> dict[str, Any] | None:
     with suppress(Exception):  # there is nothing, or no coordinator any more
-        return json.loads(hosts._client().key_value_try_get(_KEY))
+        return json.loads(hosts.client().key_value_try_get(_KEY))
     return None
 
 
