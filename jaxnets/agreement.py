@@ -17,22 +17,17 @@ from jaxnets.recipe import Recipe, count_examples
 from jaxnets.train import hosts
 
 # May differ from host to host: where things lie, and which process this is.
+_LONG_S = 3600.0
 _OF_A_HOST = ("run_dir", "data_dir", "program_cache", "process_id", "plugin", "coordinator", "threads")
 
 
-def check(
-    config: Mapping[str, Any],
-    options: RunOptions,
-    recipe: Recipe,
-    make_recipe: Callable[..., Any],
-) -> None:
-    """Compare this process with the others; with one process nothing is done.
+def check_start(config: Mapping[str, Any], options: RunOptions, make_recipe: Callable[..., Any]) -> None:
+    """Compare this process with the others, before anything is read; with one nothing is done.
 
     Args:
         config: the experiment's, as JSON holds it.
         options: of this process.
-        recipe: whose data is compared, by a checksum of arrays and by a few examples of a source.
-        make_recipe: of the experiment, whose file is compared.
+        make_recipe: of the experiment, whose file is compared beside those of this package.
 
     Raises:
         ConfigError: on every process, naming what differs.
@@ -43,14 +38,25 @@ def check(
     hosts.agree("config", dict(config))
     hosts.agree("options", here)
     hosts.agree("code", _code(make_recipe, options))
-    hosts.agree("data", {"train": _data(recipe.train), "test": _data(recipe.test)})
+
+
+def check_data(recipe: Recipe) -> None:
+    """Compare the data, by a checksum of arrays and by a few examples of a source.
+
+    Raises:
+        ConfigError: on every process, naming what differs.
+    """
+    if hosts.count() == 1:
+        return
+    hosts.agree("data", {"train": _data(recipe.train), "test": _data(recipe.test)}, timeout_s=_LONG_S)
 
 
 def _code(make_recipe: Callable[..., Any], options: RunOptions) -> dict[str, str]:
     """Versions, and digests of every source file that is ours or the user's."""
     package = Path(__file__).parent
     files = {f"jaxnets/{path.relative_to(package)}": path for path in sorted(package.rglob("*.py"))}
-    files["the experiment"] = Path(make_recipe.__code__.co_filename)
+    if code := getattr(make_recipe, "__code__", None):
+        files["the experiment"] = Path(code.co_filename)
     files |= {f"plugin {path.name}": path for path in options.plugin}
     versions = {
         name: getattr(sys.modules.get(name), "__version__", "absent")

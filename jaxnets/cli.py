@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,7 +31,9 @@ from jaxnets.train import (
     sharding,
     watchdog,
 )
+from jaxnets.train.verdict import together
 
+_LONG_S = 3600.0  # for what one process may do while the others wait
 COMMANDS = ("train", "eval", "duel")
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
 
@@ -150,7 +153,7 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
             )
         config, _ = parse(from_json(type(default), stored["config"]))
         with program_cache.opened(options.program_cache, use=options.cache_programs):
-            return _eval(experiment.make_recipe(config, options), options, folder)
+            return _eval(experiment, config, options, folder)
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
@@ -168,6 +171,8 @@ def _train(
     begun: float,
     programs: program_cache.Uses,
 ) -> int:
+    values = to_json(config)
+    agreement.check_start(values, options, experiment.make_recipe)
     for name in ("grace_s", "watchdog_s"):
         if not 0 <= getattr(options, name) < math.inf:
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it is at least 0 s")
@@ -176,11 +181,8 @@ def _train(
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
     if options.keep_best < 1:
         raise errors.ConfigError(f"keep_best is {options.keep_best}; the best checkpoint is always kept")
-    recipe = experiment.make_recipe(config, options)
-    strategy = _strategy(options, recipe)
-    values = to_json(config)
-    agreement.check(values, options, recipe, experiment.make_recipe)
-    usages = runner.check_recipe(recipe, strategy, options)
+    recipe, strategy, usages = _prepared(experiment, config, options)
+    agreement.check_data(recipe)
     _warn_of_defects(strategy)
     opened = run_folder.open_run(
         folder,
@@ -192,7 +194,9 @@ def _train(
     with (
         opened,
         preemption.StopOnSignal(grace_s=options.grace_s).installed() as stop,
-        watchdog.Watchdog(options.watchdog_s) as dog,
+        watchdog.Watchdog(
+            options.watchdog_s, limits={"step": options.watchdog_s * options.steps_per_call}
+        ) as dog,
     ):
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
         result = runner.train(
@@ -229,8 +233,27 @@ def _train(
     return 0
 
 
-def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
-    strategy = _strategy(options, recipe)
+def _prepared(
+    experiment: Experiment, config: Any, options: RunOptions
+) -> tuple[Recipe, sharding.Strategy, Any]:
+    """Recipe, strategy and what training asks of the devices; what one process refuses, all do."""
+    made = []
+
+    def prepare() -> None:
+        recipe = experiment.make_recipe(config, options)  # which may download for a while
+        strategy = _strategy(options, recipe)
+        made.append((recipe, strategy, runner.check_recipe(recipe, strategy, options)))
+
+    together("the recipe", prepare, timeout_s=_LONG_S)
+    return made[0]
+
+
+def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
+    agreement.check_start(to_json(config), options, experiment.make_recipe)
+    if hosts.count() > 1:  # JAX's own handler only tells training; here nothing is to be saved
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    recipe, strategy, _ = _prepared(experiment, config, options)
+    agreement.check_data(recipe)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
     chosen = options.checkpoint
     if chosen in ("latest", "best"):
@@ -242,7 +265,8 @@ def _eval(recipe: Recipe, options: RunOptions, folder: Path) -> int:
     if step is None:
         raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
     state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
-    evaluated = make_evaluator(recipe, strategy, options)(state)
+    with watchdog.Watchdog(options.watchdog_s) as dog:
+        evaluated = make_evaluator(recipe, strategy, options, beat=dog.beat)(state)
     if hosts.is_first():
         print(json.dumps({"step": step, "eval": evaluated}))
     return 0

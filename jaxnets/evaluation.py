@@ -44,9 +44,14 @@ def make_evaluator(
     arrays = resident(recipe.test, options)
     step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
 
+    done = []  # evaluations, of which the first compiles
+
     def run(state: TrainState) -> dict[str, float | int]:
         with feed(recipe.test, batches, strategy, options) as fed:
-            return evaluate(step, state, fed, should_stop=should_stop, beat=beat)
+            is_again = bool(done)
+            found = evaluate(step, state, fed, should_stop=should_stop, beat=beat, has_compiled=is_again)
+        done.append(None)
+        return found
 
     return run
 

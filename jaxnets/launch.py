@@ -130,9 +130,10 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], received: list[int], se
             del alive[i]
             code = child.returncode if child.returncode >= 0 else 128 - child.returncode
             status = status or code
-            if code and alive and not ends and not num_signals:
+            if code and alive and not ends:
                 how = f"ended with {code}" if child.returncode > 0 else f"was killed by {_name(code)}"
-                left = _SAVE_S if code in _TOLD and child.returncode > 0 else settle_s
+                is_told = num_signals or (code in _TOLD and child.returncode > 0)
+                left = _SAVE_S if is_told else settle_s
                 _say(lock, f"process {i} {how}; the others are ended after {left:g} s")
                 ends[signal.SIGTERM] = time.monotonic() + left
                 ends[signal.SIGKILL] = ends[signal.SIGTERM] + _KILL_S

@@ -29,14 +29,20 @@ def start(
     latest, lines = checkpoints.newest_whole()
     for line in lines:
         say(f"warning: {line}")
+    taken = latest
     if latest is not None:
         ended = checkpoints.manifest(latest).extra.get("num_positions", 0)
         is_short = latest * recipe.batch_size > ended
-        if is_short and recipe.num_positions > ended and checkpoints.is_whole(latest - 1):
-            say(f"step {latest} had a short batch; going on from before it")
-            checkpoints.discard(latest)
-            latest -= 1
-    if latest is None:
+        if is_short and recipe.num_positions > ended:
+            if checkpoints.is_whole(latest - 1):
+                say(f"step {latest} had a short batch; going on from before it")
+                taken = latest - 1
+            else:
+                say(
+                    f"warning: step {latest} had a short batch, and the checkpoint before it is gone: "
+                    "the run is not what it would be if it had been so long from the start"
+                )
+    if latest is None or taken is None:
         if read_rows(folder / "metrics.jsonl"):
             say("warning: there are metrics but no checkpoint; the run begins anew")
         return strategy.init(make_state), {}
@@ -44,8 +50,16 @@ def start(
         raise errors.ConfigError(
             f"the run in {folder} is at step {latest} already, and this one would end at {num_steps}"
         )
-    state, manifest = checkpoints.restore(latest, strategy.abstract(make_state))
-    say(f"resuming at step {latest} of {num_steps}")
+    state, manifest = checkpoints.restore(taken, strategy.abstract(make_state))
+    if taken != latest:
+        checkpoints.discard(latest)
+    say(f"resuming at step {taken} of {num_steps}")
+    before = manifest.extra.get("fixed_order", 0)
+    if before != strategy.virtual_shards:
+        say(
+            f"warning: this run had --fixed-order {before} so far: going on in another order, it is the "
+            "same to rounding, but not if the model has batch normalisation"
+        )
     return state, manifest.extra
 
 

@@ -34,10 +34,12 @@ from jaxnets.train.preemption import StopOnSignal
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
+from jaxnets.train.verdict import by_first
 from jaxnets.train.watchdog import Watchdog
 from jaxnets.typing import LossFn
 from jaxnets.version import __version__
 
+_LONG_S = 3600.0  # for what one process does while the others wait
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
 
 
@@ -55,7 +57,8 @@ def check_recipe(
     """
     check_feed(recipe, options or RunOptions())
     uses_health(recipe.on_nonfinite, recipe.max_spike)
-    sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate)
+    parts = "shards of the fixed order" if strategy.virtual_shards else "devices"
+    sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate, parts=parts)
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
     if recipe.num_positions > _MAX * recipe.batch_size:
@@ -231,11 +234,11 @@ def train(
                         hooks=[
                             stop.note,
                             measure,
-                            writing,
+                            watchdog.around("log", writing),
                             evaluation,
                             watchdog.around("save", saving),
                             show,
-                            profile,
+                            watchdog.around("profile", profile),
                             early,
                             stop,
                         ],
@@ -265,8 +268,8 @@ def train(
         except errors.NonFiniteError as error:
             watchdog.beat("save")
             say("replaying the step to find where that came from")
-            if hosts.is_first():
-                say(report_nonfinite(folder, error, recipe, draws))
+            report = partial(report_nonfinite, folder, error, recipe, draws)
+            say(by_first("run/nonfinite", report, timeout_s=_LONG_S))
             raise
         finally:
             log.close()

@@ -47,6 +47,7 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[str], None] = lambda section: None,
+    has_compiled: bool = False,
 ) -> dict[str, float | int]:
     """Evaluate over all batches.
 
@@ -57,7 +58,8 @@ def evaluate(
         state: read only.
         batches: an indexable sequence of batches or draws, with masks.
         should_stop: asked before each batch.
-        beat: told what begins: "compile" with the first batch, "evaluate" with each of the others.
+        beat: told what begins: "evaluate" with each batch, but "compile" with the first one.
+        has_compiled: whether eval_step has been called before, so that no batch compiles it.
 
     Returns:
         each metric's value, and "count", the number of examples.
@@ -69,8 +71,11 @@ def evaluate(
     for i in range(len(batches)):
         if should_stop():
             raise Stopped
-        beat("evaluate" if i else "compile")
+        beat("evaluate" if i or has_compiled else "compile")
         parts.append(eval_step(state, batches[i]))
+        if not i and not has_compiled:
+            jax.block_until_ready(parts)
+            beat("evaluate")
         if i >= IN_FLIGHT:  # or batches would pile up on the device
             jax.block_until_ready(parts[i - IN_FLIGHT])
 

@@ -14,12 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxnets import defects
 from jaxnets.ops.partition import first_row
-from jaxnets.train.mesh import gather_rows
+from jaxnets.train.mesh import gather_rows, in_order
+from jaxnets.train.programs import CAREFUL_CPU_OPTIONS, CPU_OPTIONS, chosen
 from jaxnets.typing import Array, PyTree
 
 
@@ -40,31 +43,32 @@ def compile_step(
     """
     shards = _Shards(arrays, mesh, num_shards)
 
-    @jax.jit
     def weigh(state: PyTree, resident: PyTree, draw: PyTree):
         return step.weigh(state, shards.batch_of(resident, draw))
 
-    @jax.jit
-    def differentiate(state: PyTree, resident: PyTree, draw: PyTree, row: Array, totals: PyTree):
+    def differentiate(state: PyTree, resident: PyTree, row: Array, totals: PyTree, draw: PyTree):
         with first_row(row):
             return step.differentiate(state, shards.batch_of(resident, draw), totals)
 
-    @jax.jit
     def apply(state: PyTree, parts: tuple[PyTree, PyTree, PyTree]):
         grads, model_states, sums = parts
         model_state = jax.tree.map(_mean_in_order, model_states)
         grads, sums = jax.tree.map(_in_order, (grads, sums))
         return step.apply(state, grads, model_state, sums)
 
+    weighs, differentiates = shards.compile(weigh), shards.compile(differentiate)
+    applies = shards.compile(apply)
+
     def run(state: PyTree, draw: Mapping[str, Any]) -> tuple[PyTree, Any]:
         local, mine = shards.local(state), shards.cut(draw)
-        weights = [weigh(local[k], shards.resident(k), rows) for k, rows, _ in mine]
+        weights = [weighs[k](local[k], shards.resident(k), rows) for k, rows, _ in mine]
         totals = _add(shards.together(weights))
         spread = {k: jax.device_put(totals, device) for k, device in shards.devices.items()}
         parts = [
-            differentiate(local[k], shards.resident(k), rows, row, spread[k]) for k, rows, row in mine
+            differentiates[k](local[k], shards.resident(k), row, spread[k], rows)
+            for k, rows, row in mine
         ]
-        return shards.replicate(apply(local[shards.first], shards.together(parts)))
+        return shards.replicate(applies[shards.first](local[shards.first], shards.together(parts)))
 
     return run
 
@@ -75,13 +79,14 @@ def compile_eval(
     """Compile a step that reads the state and gives sums: `step(state, batch_or_draw) -> sums`."""
     shards = _Shards(arrays, mesh, num_shards)
 
-    @jax.jit
     def evaluate(state: PyTree, resident: PyTree, draw: PyTree):
         return step(state, shards.batch_of(resident, draw))
 
+    evaluates = shards.compile(evaluate)
+
     def run(state: PyTree, draw: Mapping[str, Any]) -> Any:
         local = shards.local(state)
-        parts = [evaluate(local[k], shards.resident(k), rows) for k, rows, _ in shards.cut(draw)]
+        parts = [evaluates[k](local[k], shards.resident(k), rows) for k, rows, _ in shards.cut(draw)]
         return shards.replicate(_add(shards.together(parts)))
 
     return run
@@ -98,7 +103,7 @@ class _Shards:
     def __init__(self, arrays: Mapping[str, Any] | None, mesh: Mesh, num_shards: int):
         self.devices = {
             k: device
-            for k, device in enumerate(mesh.devices.flat)
+            for k, device in enumerate(in_order(list(mesh.devices.flat)))
             if device.process_index == jax.process_index()
         }
         self.first = min(self.devices)
@@ -111,6 +116,14 @@ class _Shards:
             k: {name: _placed(x, at) for name, x in (arrays or {}).items()}
             for k, at in self.devices.items()
         }
+
+    def compile(self, fn: Callable) -> dict[int, Callable]:
+        """A function as a program for each device, as a step of other strategies is compiled."""
+        if self.devices[self.first].platform != "cpu":
+            return dict.fromkeys(self.devices, jax.jit(fn))
+        is_worth_a_look = defects.has_faulty_fusions(jaxlib.version.__version__)
+        careful = jax.jit(fn, compiler_options=CAREFUL_CPU_OPTIONS) if is_worth_a_look else None
+        return {k: chosen(jax.jit(fn, compiler_options=CPU_OPTIONS), careful) for k in self.devices}
 
     def resident(self, k: int) -> Mapping[str, Array]:
         """The data set on the k-th device; empty if there is none."""
@@ -195,13 +208,12 @@ def _placed(x: Any, device: Any) -> Array:
 def _make_gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     """What puts the parts of all processes, `[v, ...]` on each one's first device, together there."""
     firsts: dict[int, Any] = {}
-    for device in mesh.devices.flat:
+    for device in in_order(list(mesh.devices.flat)):
         firsts.setdefault(device.process_index, device)
     if len(firsts) == 1:
         return lambda tree: tree
-    leaders = jax.make_mesh(
-        (len(firsts),), ("process",), axis_types=(AxisType.Auto,), devices=list(firsts.values())
-    )
+    in_turn = np.asarray([firsts[process] for process in sorted(firsts)])
+    leaders = Mesh(in_turn, ("process",), axis_types=(AxisType.Auto,))
     cut, whole = NamedSharding(leaders, P("process")), NamedSharding(leaders, P())
     copy = jax.jit(lambda tree: tree, out_shardings=whole)
 

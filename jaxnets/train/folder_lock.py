@@ -81,13 +81,18 @@ def _beat(path: Path, me: dict[str, Any], stop: threading.Event) -> None:
                 owner = _owner(file)
             if owner.get("run") != me["run"]:
                 print(
-                    f"warning: {_name(owner)} took over {path.parent} while this run was silent: "
-                    "end one of them",
+                    f"error: {_name(owner)} took over {path.parent} while this run was silent: this "
+                    "one ends, with nothing more written",
                     file=sys.stderr,
                     flush=True,
                 )
+                _leave()
                 return
             os.utime(path)
+
+
+def _leave() -> None:
+    os._exit(2)  # at once: whatever this process wrote now would be in the other's way
 
 
 def _silence(path: Path) -> float:

@@ -41,7 +41,9 @@ class LogMetrics:
         if step % self.every == 0 or step == self.num_steps:
             row = {"epoch": round(step / self.steps_per_epoch, 6), **metrics.read()}
             if self.learning_rate is not None:
-                row["learning_rate"] = float(self.learning_rate(step - 1))
+                # The optimizer's schedule waits for steps that are skipped.
+                applied = step - 1 - int(row.get("skipped") or 0)
+                row["learning_rate"] = float(self.learning_rate(max(applied, 0)))
             self.log.write(step, row)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from jax._src import (
     clusters,
     distributed,
+    xla_bridge,
 )  # the service's client has no public name; Orbax takes it from here too
 
 from jaxnets import errors
@@ -80,6 +81,11 @@ def join(
         )
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise errors.ConfigError(f"the coordinator is HOST:PORT, not {coordinator}")
+    if xla_bridge.backends_are_initialized():
+        raise errors.ConfigError(
+            "JAX was used before the processes met: the experiment, or a plugin, makes arrays when "
+            "it is imported; make them in a function"
+        )
     who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
     place = "the cluster's coordinator" if coordinator is None else f"the coordinator {coordinator}"
 

@@ -210,6 +210,8 @@ def fit(
             beat("compile" if is_new else "step")
             state, values = program(state, batch)
             index = batch.get("index") if isinstance(batch, Mapping) else None
+            if isinstance(index, jax.Array) and not index.is_fully_addressable:
+                index = None  # no process knows all of it
             if is_new:
                 jax.block_until_ready(values)
                 beat("step")

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,9 +83,20 @@ def make_mesh(num_devices: int | None = None, sizes: Mapping[str, int] | None = 
             f"not {num_devices}"
         )
     shape = tuple((sizes or {DATA: num_devices}).get(name, 1) for name in AXES)
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:num_devices]
-    )
+    return Mesh(_arranged(shape, devices[:num_devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the form of a mesh: neighbours on a TPU, and otherwise those of a host together."""
+    is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+    if devices[0].platform == "tpu" and is_one_slice:
+        return mesh_utils.create_device_mesh(shape, devices)
+    return np.asarray(in_order(devices)).reshape(shape)
+
+
+def in_order(devices: Sequence[Any]) -> list[Any]:
+    """Devices by process, and by number within it."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def read_sizes(text: str) -> dict[str, int]:

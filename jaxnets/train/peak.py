@@ -111,11 +111,12 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
     Returns:
         operations a second: for accelerators from a table, of dense bfloat16 products whatever the
         model computes in; on a CPU what a float32 product reaches when this is called, in about 0.1 s,
-        for all of its devices together, since they share its cores; None for other devices.
+        for all of its devices together, since they share its cores; None for other devices, and
+        for CPUs of several processes.
     """
     first = devices[0]
     if first.platform == "cpu":
-        return _measured(first)
+        return _measured(first) if jax.process_count() == 1 else None
     peak = next((peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", first.device_kind)), None)
     return None if peak is None else peak * len(devices)
 

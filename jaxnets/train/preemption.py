@@ -161,6 +161,8 @@ class StopOnSignal:
     def _end(self, number: int, why: str) -> None:
         step = self._saved()
         last = "there is no checkpoint" if step is None else f"the checkpoint of step {step} is whole"
+        if self.saved is None:
+            last = "the last checkpoint, if there is one, is whole"
         _say(f"{_name(number)}, {why}; {last}; the same command goes on")
         os._exit(128 + number)
 

@@ -349,7 +349,9 @@ def make_strategy(
     return Strategy(name, mesh, rules, use_jit, virtual_shards)
 
 
-def check_divides(batch_size: int, num_parts: int, accumulate: int = 1) -> None:
+def check_divides(
+    batch_size: int, num_parts: int, accumulate: int = 1, *, parts: str = "devices"
+) -> None:
     """Make sure that a batch splits evenly.
 
     Raises:
@@ -359,6 +361,6 @@ def check_divides(batch_size: int, num_parts: int, accumulate: int = 1) -> None:
         raise errors.ConfigError(f"accumulate must be at least 1, not {accumulate}")
     if batch_size % (num_parts * accumulate):
         raise errors.ConfigError(
-            f"batch size {batch_size} is not divisible by {num_parts} devices x {accumulate} "
+            f"batch size {batch_size} is not divisible by {num_parts} {parts} x {accumulate} "
             "micro-batches"
         )

@@ -236,6 +236,8 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
 
 def test_the_heartbeat(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder_lock, "BEAT_S", 0.01)
+    left = []
+    monkeypatch.setattr(folder_lock, "_leave", lambda: left.append(True))
     lock = tmp_path / "r" / ".lock"
 
     def wait_for(condition):
@@ -251,6 +253,7 @@ def test_the_heartbeat(tmp_path, monkeypatch, capsys):
         said = []
         wait_for(lambda: said.append(capsys.readouterr().err) or "took over" in "".join(said))
         assert "process 7 on elsewhere took over" in "".join(said)
+        wait_for(lambda: left)
     assert json.loads(lock.read_text()) == OTHER  # it is not ours to give back
 
 
