@@ -140,7 +140,13 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
         _join(options)
     if command != "duel":  # whose workers do both by themselves
         keep_freed_memory()
-        startup.limit_threads(options.threads)
+        if options.fixed_order and options.threads is not None:
+            raise errors.ConfigError(
+                "--fixed-order sets the number of threads, on which the order depends: leave out "
+                "--threads"
+            )
+        # Sums are cut up by the number of threads: in the fixed order it is the same everywhere.
+        startup.limit_threads(options.fixed_order if options.fixed_order > 0 else options.threads)
     folder = Path("runs") / (f"{experiment.name}-{preset}" if preset else experiment.name)
     folder = options.run_dir or folder
     options = dataclasses.replace(options, run_dir=folder)
@@ -175,7 +181,8 @@ def _train(
     agreement.check_start(values, options, experiment.make_recipe)
     for name in ("grace_s", "watchdog_s"):
         if not 0 <= getattr(options, name) < math.inf:
-            raise errors.ConfigError(f"{name} is {getattr(options, name)}; it is at least 0 s")
+            flag = f"--{name.replace('_', '-')}"
+            raise errors.ConfigError(f"{flag} is {getattr(options, name)}; it must be at least 0")
     for name in ("log_every", "eval_every", "checkpoint_every", "profile_steps"):
         if getattr(options, name) < (1 if name == "log_every" else 0):
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it counts steps")
@@ -288,8 +295,8 @@ def _strategy(options: RunOptions, recipe: Recipe) -> sharding.Strategy:
 def _join(options: RunOptions) -> None:
     """Meet the other processes, if this run has any."""
     where, count, process = options.coordinator, options.num_processes, options.process_id
-    if options.heartbeat_s < 1:
-        raise errors.ConfigError(f"heartbeat_s is {options.heartbeat_s:g}; it must be at least 1 s")
+    if not 1 <= options.heartbeat_s < math.inf:
+        raise errors.ConfigError(f"--heartbeat-s is {options.heartbeat_s:g}; it must be at least 1")
     is_given = (where, count, process) != (None, None, None)
     if where == "auto" or (not is_given and hosts.cluster_size() > 1):
         hosts.join(heartbeat_s=options.heartbeat_s)

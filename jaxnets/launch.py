@@ -134,7 +134,7 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"], received: list[int], se
                 how = f"ended with {code}" if child.returncode > 0 else f"was killed by {_name(code)}"
                 is_told = num_signals or (code in _TOLD and child.returncode > 0)
                 left = _SAVE_S if is_told else settle_s
-                _say(lock, f"process {i} {how}; the others are ended after {left:g} s")
+                _say(lock, f"process {i} {how}; the others have {left:g} s to end")
                 ends[signal.SIGTERM] = time.monotonic() + left
                 ends[signal.SIGKILL] = ends[signal.SIGTERM] + _KILL_S
         for number in [number for number, when in ends.items() if when <= time.monotonic()]:

@@ -130,9 +130,12 @@ def train(
     with checkpoint.Checkpoints(
         folder / "checkpoints", maximize=recipe.maximize, num_best=options.keep_best
     ) as checkpoints:
+        if hosts.count() == 1:  # of several processes all are asked together, or none
+            stop.saved = checkpoints.latest
         state, spent = resume.start(checkpoints, recipe, strategy, folder, make_state(recipe))
         on_start()
         first = int(state.step)
+        say(_what_runs(folder, strategy))
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
         evaluate = make_evaluator(recipe, strategy, options, should_stop=stop.is_due, beat=watchdog.beat)
@@ -163,8 +166,6 @@ def train(
             extra=progress,
             keep=schedule.keep,
         )
-        if hosts.count() == 1:  # of several processes all are asked together, or none
-            stop.saved = checkpoints.latest
         if spent.get("eval_pending"):
             if not evaluation.catch_up(first, state):
                 say(f"stopped before the evaluation of step {first}; the same command goes on")
@@ -197,6 +198,10 @@ def train(
             calls = {begin: compiled(loss_fn, in_call) for begin, loss_fn in recipe.loss_fns.items()}
             several = Several(in_call, calls, schedule.needs_state)
             _warn_of_single_steps(several, num_steps)
+        if stop.is_due():
+            say(f"stopped before step {first + 1}; the same command goes on")
+            log.close()
+            return None
         draws = Batches(
             recipe.num_examples,
             recipe.batch_size,
@@ -308,6 +313,17 @@ def train(
     return result
 
 
+def _what_runs(folder: Path, strategy: sharding.Strategy) -> str:
+    """A line for the beginning, before the wait for the compiler."""
+    mesh = ", ".join(f"{name}={size}" for name, size in strategy.mesh.shape.items() if size > 1)
+    order = (
+        f", in the fixed order of {strategy.virtual_shards} shards" if strategy.virtual_shards else ""
+    )
+    processes = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
+    devices = f"{strategy.num_devices} x {strategy.mesh.devices.flat[0].device_kind}{processes}"
+    return f"{folder}: on {devices}{f' ({mesh})' if mesh else ''}{order}; compiling the first step"
+
+
 def _write_result(
     folder: Path,
     recipe: Recipe,
@@ -337,6 +353,7 @@ def _write_result(
         "num_devices": strategy.num_devices,
         "num_processes": hosts.count(),
         "strategy": strategy.name,
+        "fixed_order": strategy.virtual_shards or None,
         "mesh": {name: size for name, size in strategy.mesh.shape.items() if size > 1},
         "device": strategy.mesh.devices.flat[0].device_kind,
         "versions": versions(),

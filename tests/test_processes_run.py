@@ -74,11 +74,11 @@ def rows(folder):
 @pytest.mark.timeout(300)
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
     """In the fixed order, so that all that was measured is the same to the last bit."""
-    for name, legs in {"whole": [(1, "10")], "broken": [(2, "4"), (1, "10")]}.items():
-        for num_processes, steps in legs:
+    for name, legs in {"whole": [(1, 1, "10")], "broken": [(2, 1, "4"), (1, 4, "10")]}.items():
+        for num_processes, devices, steps in legs:
             process = launch(
                 tmp_path / name, "--fixed-order", "4", "--steps", steps, "--eval-every", "5",
-                num_processes=num_processes,
+                num_processes=num_processes, devices=devices,
             )  # fmt: skip
             ((out, code),) = end([process])
             assert code == 0, out

@@ -6,6 +6,7 @@ the coordinator; one that fails must let the others go, or they would wait for m
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,14 @@ _BARRIERS_OF_A_LOAD = (("{id}", "next_awaitable_signal_operation_id:sync"), ("{i
 def prepare() -> None:
     """Import Orbax, which takes a while: when it is first needed, and not in a thread."""
     _orbax()
+    logger = logging.getLogger("absl")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what Orbax logs of an error that it raises too: the user is told of that once, in a line."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:

@@ -188,7 +188,7 @@ def report_nonfinite(
             step=error.step,
         )
         write_atomically(folder / FILE, json.dumps(diagnosis.to_json(), indent=1) + "\n")
-        return str(diagnosis)
+        return f"{diagnosis}\nthe report is in {folder / FILE}"
     except Exception as failure:
         return f"the step could not be replayed: {first_line(failure)}"
 

@@ -127,7 +127,10 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _is_used(folder: Path, owner: dict[str, Any], more: str = "") -> errors.ConfigError:
-    return errors.ConfigError(f"another process ({_name(owner)}{more}) is running in {folder}")
+    return errors.ConfigError(
+        f"another process ({_name(owner)}{more}) is running in {folder}; stop it, or choose another "
+        "--run-dir"
+    )
 
 
 def _boot() -> str:

@@ -23,6 +23,7 @@ from jaxnets import errors
 from jaxnets.train.files import first_line
 
 TIMEOUT_S = 300.0
+_QUIET_S = 5.0
 
 _counters: dict[str, "itertools.count[int]"] = collections.defaultdict(itertools.count)
 _lock = threading.Lock()
@@ -79,8 +80,16 @@ def join(
         raise errors.ConfigError(
             f"process {process_id} of {num_processes}: processes count from 0 to {num_processes - 1}"
         )
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise errors.ConfigError(f"the coordinator is HOST:PORT, not {coordinator}")
+    port = None if coordinator is None else coordinator.rpartition(":")[2]
+    if port is not None and not (port.isdigit() and 1 <= int(port) <= 65535):
+        raise errors.ConfigError(
+            f"the coordinator is HOST:PORT, with a port up to 65535, not {coordinator}"
+        )
+    if coordinator is None and cluster_size() == 1:
+        raise errors.ConfigError(
+            "no cluster of several processes is found here (Cloud TPU, SLURM, Open MPI, Kubernetes): "
+            "give --coordinator HOST:PORT, --num-processes and --process-id"
+        )
     if xla_bridge.backends_are_initialized():
         raise errors.ConfigError(
             "JAX was used before the processes met: the experiment, or a plugin, makes arrays when "
@@ -94,9 +103,13 @@ def join(
         os.write(2, f"error: {line}\n".encode())
         os._exit(2)
 
-    timer = threading.Timer(timeout_s, give_up)
-    timer.daemon = True
-    timer.start()
+    def tell() -> None:
+        os.write(2, f"{who} waits at {place} for the others, {timeout_s:g} s at most\n".encode())
+
+    timers = [threading.Timer(timeout_s, give_up), threading.Timer(_QUIET_S, tell)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         distributed.global_state.initialize(
             coordinator,
@@ -112,7 +125,8 @@ def join(
         distributed.global_state.client = None
         raise errors.ConfigError(f"{who} could not join {place}: {first_line(error)}") from error
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def cluster_size() -> int:

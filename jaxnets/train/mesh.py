@@ -71,10 +71,12 @@ def make_mesh(num_devices: int | None = None, sizes: Mapping[str, int] | None = 
     if asked is not None and asked != num_devices:
         shown = ", ".join(f"{name}={size}" for name, size in (sizes or {}).items())
         raise errors.ConfigError(f"a mesh of {shown} has {asked} devices, not {num_devices}")
-    if not 1 <= num_devices <= len(devices):
+    if num_devices < 1:
+        raise errors.ConfigError(f"{num_devices} devices asked for; it must be at least 1")
+    if num_devices > len(devices):
         raise errors.ConfigError(
             f"{num_devices} devices asked for; there are {len(devices)} ({devices[0].platform}). "
-            f"On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(num_devices, 1)} "
+            f"On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={num_devices} "
             "makes more"
         )
     if jax.process_count() > 1 and num_devices != len(devices):

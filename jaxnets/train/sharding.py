@@ -332,8 +332,10 @@ def make_strategy(
         raise errors.ConfigError("without jit a run uses one device and the strategy 'jit'")
     is_cut = mesh.shape[FSDP] > 1 or mesh.shape[TENSOR] > 1
     if rules is None:
-        if mesh.shape[TENSOR] > 1:
-            raise errors.ConfigError("tensor parallelism needs sharding rules, and this model has none")
+        if name == TENSOR or mesh.shape[TENSOR] > 1:
+            raise errors.ConfigError(
+                "tensor parallelism needs sharding rules, and this model has none (Recipe.rules)"
+            )
         rules = CUT_LARGEST if is_cut else REPLICATED
     if name == "pmap" and tuple(rules) != tuple(REPLICATED):
         raise errors.ConfigError("the strategy 'pmap' replicates the state and takes no rules")
@@ -342,7 +344,11 @@ def make_strategy(
     if virtual_shards:
         if name != "jit" or is_cut or not use_jit:
             raise errors.ConfigError("the fixed order takes the strategy 'jit', compiled, and no mesh")
-        if virtual_shards < 0 or virtual_shards % mesh.size:
+        if virtual_shards < 0:
+            raise errors.ConfigError(
+                f"the fixed order has {virtual_shards} shards; it must be at least 1"
+            )
+        if virtual_shards % mesh.size:
             raise errors.ConfigError(
                 f"{mesh.size} devices don't divide the {virtual_shards} shards of the fixed order"
             )
