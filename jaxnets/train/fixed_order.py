@@ -6,8 +6,8 @@ shard's gradients; a second adds those of all shards, one after the other, and a
 takes its statistics from a shard, and its running statistics are the mean of the shards'.
 
 On a CPU the sums within a program are cut up by the number of XLA's threads, which is that of the cores
-or of the devices, whatever is more. So it must be the same everywhere: the commands set it to V, and other
-programs call `startup.limit_threads(V)` before the first array is made.
+or of the devices, whatever is more. So it must be the same everywhere: the commands set it to V, and
+other programs call `startup.limit_threads(V)` before the first array is made.
 
 It costs: gradients of V shards on the first device of each process, a compilation for each device, and
 the shards of a device run one after the other.

@@ -5,6 +5,7 @@ takes part, so any thread may do it while devices compute. With one process ever
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -185,6 +186,11 @@ def gather(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> list[Any]:
         return [json.loads(json.dumps(value))]
     key = _numbered(f"gather/{name}")
     service = client()
+    prefix, _, number = key.rpartition("/")
+    if is_first() and int(number) > 1:  # of the exchange before the last one everybody has read all
+        for i in range(count()):
+            with contextlib.suppress(Exception):
+                service.key_value_delete(f"{prefix}/{int(number) - 2}/{i}")
     service.key_value_set(f"{key}/{index()}", json.dumps(value))
     found = []
     for i in range(count()):
