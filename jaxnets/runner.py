@@ -98,7 +98,7 @@ def train(
     usages: Mapping[int, Usage],
     *,
     stop: StopOnSignal,
-    watchdog: Watchdog,
+    watchdog: Watchdog | None = None,
     on_start: Callable[[], None] = lambda: None,
     begun: float | None = None,
     programs: program_cache.Uses | None = None,
@@ -112,7 +112,7 @@ def train(
         strategy: on which devices.
         usages: as `check_recipe` gives them.
         stop: listens for signals.
-        watchdog: is told what the run is at.
+        watchdog: is told what the run is at; without one nobody watches.
         on_start: called once the state is there and nothing more can be refused.
         begun: when the command was given, in seconds of `time.perf_counter`, for the record.
         programs: of the cache of compiled programs, if one is open, for the record.
@@ -126,6 +126,7 @@ def train(
         NonFiniteError: if the loss or the gradients of a step weren't finite.
     """
     num_steps = recipe.num_steps
+    watchdog = watchdog or Watchdog(0)
     clock = Clock()
     with checkpoint.Checkpoints(
         folder / "checkpoints", maximize=recipe.maximize, num_best=options.keep_best

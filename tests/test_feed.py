@@ -90,7 +90,7 @@ def test_the_same_run_as_with_the_data_in_memory(data, tmp_path):
         strategy = make_strategy(num_devices=1)
         (tmp_path / name).mkdir()
         usages = runner.check_recipe(recipe, strategy, options)
-        result = runner.train(tmp_path / name, recipe, options, strategy, usages, stop=lambda *_: None)
+        result = runner.train(tmp_path / name, recipe, options, strategy, usages, stop=StopOnSignal())
         assert result is not None
         assert (result["num_workers"] is None) is (name == "memory")
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

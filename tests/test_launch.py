@@ -94,7 +94,7 @@ def test_each_process_is_told_who_it_is():
 @pytest.mark.parametrize(
     ("how", "status", "said"),
     [
-        ("sys.exit(3)", 3, "process 1 ended with 3; the others are ended after 0.5 s"),
+        ("sys.exit(3)", 3, "process 1 ended with 3; the others have 0.5 s to end"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 was killed by SIGKILL; the others"),
     ],
 )

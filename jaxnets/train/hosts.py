@@ -6,9 +6,11 @@ takes part, so any thread may do it while devices compute. With one process ever
 
 import collections
 import contextlib
+import errno
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -104,6 +106,8 @@ def join(
         os.write(2, f"error: {line}\n".encode())
         os._exit(2)
 
+    bind = _bind_address(coordinator, who) if coordinator is not None and process_id == 0 else None
+
     def tell() -> None:
         os.write(2, f"{who} waits at {place} for the others, {timeout_s:g} s at most\n".encode())
 
@@ -118,8 +122,7 @@ def join(
             process_id,
             initialization_timeout=round(timeout_s) + 60,
             heartbeat_timeout_seconds=max(1, round(heartbeat_s)),
-            # All interfaces would let anyone on the network join.
-            coordinator_bind_address=coordinator if process_id == 0 else None,
+            coordinator_bind_address=bind,
             cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except Exception as error:
@@ -128,6 +131,28 @@ def join(
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def _bind_address(coordinator: str, who: str) -> str | None:
+    """Where the first process listens: on that address alone, so that not everyone can join.
+
+    On all addresses (None) where it is no address of this machine, as behind a service of Kubernetes.
+    """
+    host, _, port = coordinator.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise errors.ConfigError(
+            f"{who} can't listen at the coordinator {coordinator}: {error.strerror or error}"
+        ) from error
+    return coordinator
 
 
 def cluster_size() -> int:

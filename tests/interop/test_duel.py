@@ -192,6 +192,7 @@ def test_first_values_may_differ_by_what_rounding_does():
         duel.check_values(*values, "eager", [1e-4, 1e-3])
 
 
+@pytest.mark.long
 @pytest.mark.parity
 def test_in_bfloat16_parity_is_proved_of_float32(tmp_path, few, monkeypatch):
     proved = []

@@ -111,6 +111,7 @@ def test_every_form_in_every_dtype(form, dtype, bound, x64):
     check_forms(*FORMS[form], dtype=dtype, bound=bound)
 
 
+@pytest.mark.long
 def test_a_depthwise_convolution_adds_in_float32():
     """In bfloat16 a sum of ones would stop at 256."""
     x, kernel = jnp.ones((2, 40, 40, 3), jnp.bfloat16), jnp.ones((1, 1, 1, 3), jnp.bfloat16)

@@ -71,6 +71,7 @@ def test_bits_on_other_numbers_of_devices(num_devices):
     assert_same_bits(run(1), run(num_devices))
 
 
+@pytest.mark.long
 def test_without_the_fixed_order_they_do():
     """Or the test above would hold anyway."""
     one, eight = (jax.tree.leaves(run(n, virtual_shards=0)[0].params) for n in (1, 8))

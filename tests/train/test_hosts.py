@@ -62,7 +62,7 @@ def test_what_processes_tell_one_another():
         (("10.0.0.1:99", 2, None), "go together"),
         ((None, None, 1), "go together"),
         (("10.0.0.1:99", 2, 2), "processes count from 0 to 1"),
-        (("10.0.0.1", 2, 0), "the coordinator is HOST:PORT, not 10.0.0.1"),
+        (("10.0.0.1", 2, 0), "the coordinator is HOST:PORT, with a port up to 65535, not 10.0.0.1"),
     ],
 )
 def test_processes_that_cannot_meet(arguments, message):
@@ -100,7 +100,9 @@ def test_a_port_that_is_taken():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = join_apart(taken.getsockname()[1], 0, 30)
-    assert "refused: process 0 of 2 could not join the coordinator" in done.stdout, done.stderr
+    assert "refused: process 0 of 2 can't listen at the coordinator 127.0.0.1:" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_clusters_say_how_many_there_are(monkeypatch):

@@ -60,14 +60,14 @@ with StopOnSignal(grace_s=1, saved=lambda: 7).installed() as stop:
 """
 SAVE = """
 import pathlib, sys, tempfile
-from jaxnets.train import checkpoint
+from jaxnets.train import checkpoint, files
 from jaxnets.train.state import TrainState
 
 def state(step):
     x = jnp.full(1000, step)
     return TrainState(jnp.int32(step), x, {}, {}, jax.random.key(0), None, jnp.int32(-1))
 
-write = checkpoint.write_atomically
+write = files.write_atomically
 
 def stuck(path, content):
     if b"00000002" in os.fsencode(path):
@@ -75,7 +75,7 @@ def stuck(path, content):
         threading.Event().wait()
     write(path, content)
 
-checkpoint.write_atomically = stuck
+files.write_atomically = stuck
 checkpoints = checkpoint.Checkpoints(os.environ["FOLDER"])
 with StopOnSignal(grace_s=1, saved=checkpoints.latest).installed() as stop:
     checkpoints.save(state(1))

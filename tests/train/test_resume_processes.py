@@ -45,6 +45,7 @@ def check(tmp_path, first, then, options):
         assert bits == whole[1]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_two_processes_then_one(tmp_path):
     check(tmp_path, 2, 1, {"virtual_shards": 8})
