@@ -20,6 +20,7 @@ from jaxnets import cli, errors, feed, runner
 from jaxnets.config import RunOptions
 from jaxnets.data import Arrays, image_folder
 from jaxnets.train import Checkpoints, Clock, make_strategy
+from jaxnets.train.preemption import StopOnSignal
 
 ROOT = Path(cifar10.__file__).parents[1]
 SIZE = 8
