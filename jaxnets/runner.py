@@ -27,7 +27,7 @@ from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
 from jaxnets.train.diagnosis import report_nonfinite
 from jaxnets.train.health import uses_health
 from jaxnets.train.hosts import say
-from jaxnets.train.loop import Clock, Several, fit
+from jaxnets.train.loop import Clock, Several, StepMetrics, fit
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.peak import Usage, mean_usage, peak_flops, usage_of
 from jaxnets.train.preemption import StopOnSignal
@@ -151,6 +151,11 @@ def train(
             """A hook: after the first step, when the devices have nothing to do."""
             peak()
 
+        def wait_before_save(step: int, _: Any, metrics: StepMetrics) -> None:
+            """A hook: waiting for the step is limited, saving isn't."""
+            if schedule.is_save_due(step):
+                metrics.read()
+
         def mfu(usage: Usage, speed: float) -> float | None:
             return dataclasses.replace(usage, peak=peak()).mfu(speed)
 
@@ -240,11 +245,12 @@ def train(
                         hooks=[
                             stop.note,
                             measure,
-                            watchdog.around("log", writing),
+                            writing,
                             evaluation,
+                            wait_before_save,
                             watchdog.around("save", saving),
                             show,
-                            watchdog.around("profile", profile),
+                            profile,
                             early,
                             stop,
                         ],
