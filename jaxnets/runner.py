@@ -23,7 +23,7 @@ from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
 from jaxnets.feed import advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
-from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
+from jaxnets.train import checkpoint, files, hooks, hosts, program_cache, sharding
 from jaxnets.train.diagnosis import report_nonfinite
 from jaxnets.train.health import uses_health
 from jaxnets.train.hosts import say
@@ -366,7 +366,7 @@ def _write_result(
         "versions": versions(),
     }
     if hosts.is_first():
-        checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
+        files.write_atomically(path, json.dumps(result, indent=1) + "\n")
     return result
 
 

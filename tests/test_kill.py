@@ -156,7 +156,7 @@ def test_many_kills(tmp_path, num_kills, epochs, record_property):
     assert in_save >= num_kills // 4
     record_property(
         "figure",
-        f"{num_kills} kills, {in_save} of them in a save: each run went on to the same bits; "
+        f"{num_kills} kills, {in_save} of them in a save: the end is an unbroken run's to the bit; "
         f"{sum(lost) / len(lost):.1f} steps lost in the mean, {max(lost)} at most",
     )
 

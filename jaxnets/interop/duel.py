@@ -37,7 +37,7 @@ from jaxnets.interop.reference import load_reference, require_cuda
 from jaxnets.interop.torch_side import CHECK_BOUND
 from jaxnets.recipe import Recipe
 from jaxnets.train import create_state
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.files import write_atomically
 from jaxnets.train.peak import usage_of
 
 MIN_ROUNDS = 7

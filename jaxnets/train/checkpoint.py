@@ -25,7 +25,6 @@ from jaxnets import errors
 from jaxnets.train import array_store, files, hosts, manifest
 from jaxnets.train.at_exit import wait_at_exit
 from jaxnets.train.files import first_line
-from jaxnets.train.files import write_atomically as write_atomically
 from jaxnets.train.health import fresh_health
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
 from jaxnets.train.state import TrainState

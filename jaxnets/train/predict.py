@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets.train.checkpoint import write_atomically
 from jaxnets.train.evaluate import IN_FLIGHT
+from jaxnets.train.files import write_atomically
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Array, Batch, Indexed
 
