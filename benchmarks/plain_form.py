@@ -18,7 +18,7 @@ from typing import Any
 from jaxnets import errors
 from jaxnets.config import read_words
 from jaxnets.interop.duel_report import processor
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.files import write_atomically
 
 _CODE = """
 import contextlib, sys

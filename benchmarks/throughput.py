@@ -24,7 +24,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 from jaxnets import errors, registry
 from jaxnets.config import RunOptions, read_words
 from jaxnets.interop.reference import require_torch
-from jaxnets.train.checkpoint import write_atomically
+from jaxnets.train.files import write_atomically
 from jaxnets.train.mesh import make_mesh
 
 
