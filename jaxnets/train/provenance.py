@@ -220,17 +220,18 @@ class Walk:
         return Value(x, value.node if is_bad else None, value.label)
 
     def _scan(self, params: dict[str, Any], ins: list[Value], scope: str) -> list[Value]:
-        first = params["num_consts"] + params["num_carry"]
-        consts, carry, xs = ins[: params["num_consts"]], ins[params["num_consts"] : first], ins[first:]
+        of_consts, of_carry = _split(params, len(ins))
+        first = of_consts + of_carry
+        consts, carry, xs = ins[:of_consts], ins[of_consts:first], ins[first:]
         rounds = range(params["length"])
         collected: list[list[Value]] = []
         for i in reversed(rounds) if params["reverse"] else rounds:
             slices = [self._again(value.x[i], value) for value in xs]
             outs = self.run(params["jaxpr"], [*consts, *carry, *slices], scope)
-            carry = outs[: params["num_carry"]]
-            collected.append(outs[params["num_carry"] :])
+            carry = outs[:of_carry]
+            collected.append(outs[of_carry:])
         if not collected:
-            avals = params["jaxpr"].out_avals[params["num_carry"] :]
+            avals = params["jaxpr"].out_avals[of_carry:]
             return [*carry, *(Value(jnp.zeros((0, *aval.shape), aval.dtype)) for aval in avals)]
         if params["reverse"]:
             collected.reverse()
@@ -258,6 +259,14 @@ class _Open(NamedTuple):
 
     jaxpr: Any
     consts: Sequence[Any] = ()
+
+
+def _split(params: dict[str, Any], num_operands: int) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].update(range(num_operands)).unpack()  # JAX 0.12
+    return len(list(consts)), len(list(carry))
 
 
 def _called(params: dict[str, Any]) -> Any:
