@@ -40,9 +40,9 @@ class Checkpoints:
     """The checkpoints of one run: the latest ones and the best ones are kept.
 
     Saving returns as soon as the state is copied to the host's memory; files, digests and the manifest
-    are written by a thread. Older checkpoints are deleted only after a newer one is complete. Use it as a
-    context, or call `wait`, so that the last save is complete; a program that ends without either waits
-    too.
+    are written by a thread. Older checkpoints are deleted only after a newer one is complete. Use it as
+    a context, or call `wait`, so that the last save is complete; a program that ends without either
+    waits too.
 
     Args:
         folder: where; made when the first step is saved.
