@@ -278,7 +278,7 @@ KILLS = (
 
 def test_a_kill_at_the_worst_moments(tmp_path, strategy):
     """After each the newest complete step is whole, and the next start and save leave nothing behind."""
-    (ended,) = processes.run(KILLS.format(folder=str(tmp_path)), 1, joined=False)
+    (ended,) = processes.run(KILLS.format(folder=str(tmp_path)), 1, joined=False, timeout=300)
     status = dict(line.split() for line in ended.out.splitlines() if line.startswith("kill_"))
     assert len(status) == 10
     assert set(status.values()) == {str(-signal.SIGKILL)}, ended.err
