@@ -51,13 +51,14 @@ def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:
 
     Args:
         folder: not there yet; the one above it is.
-        tree: of arrays, global ones if there are several processes. They mustn't be used up.
+        tree: of arrays, global ones if there are several processes. They mustn't be used up. A part that
+            several devices have is written from the first of them.
     """
     if hosts.count() == 1:  # no collectives, and less to wait for here
-        return lambda: _orbax().save_async(str(folder), tree).result()
+        return lambda: _save_async(folder, tree).result()
     before = _operation()
     try:
-        response = _orbax().save_async(str(folder), tree)
+        response = _save_async(folder, tree)
     except Exception as error:
         caught = error
 
@@ -99,6 +100,15 @@ def own_files(folder: Path) -> list[Path]:
 
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return [path for path in paths if owner(path.relative_to(folder)) == hosts.index()]
+
+
+def _save_async(folder: Path, tree: PyTree) -> Any:
+    v1 = _orbax()
+    context = v1.Context()
+    # Else it would cut arrays that lie on several devices, by programs of the devices.
+    context.array.saving.use_replica_parallel = False
+    with context:
+        return v1.save_async(str(folder), tree)
 
 
 def _release_others(barriers: Sequence[tuple[str, str]], before: str) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there.
 
 A step is a folder with the state, as Orbax writes it, and a manifest, which is written last: to a
-temporary name, synced, renamed. It holds the size and SHA-256 of every file. A folder without one is
-what a killed save left behind; a folder whose files differ from it is damaged, and is never read.
+temporary name, synced, renamed. It holds the size and SHA-256 of every file. A folder whose files differ
+from it is damaged, and is never read. What one without a manifest is `step_folder` says: left behind by
+a killed save, or a step that has lost it.
 
 Of several processes each writes its part of the state, and calls the same methods in the same order. The
 first one alone looks at the folder, and decides for all.
@@ -19,29 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxnets import errors
-from jaxnets.train import array_store, files, hosts, manifest
+from jaxnets.train import array_store, files, hosts, manifest, step_folder
 from jaxnets.train.at_exit import wait_at_exit
 from jaxnets.train.files import first_line
 from jaxnets.train.health import fresh_health
+from jaxnets.train.host_copy import copied_to_host, renewed
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
 from jaxnets.train.state import TrainState
 from jaxnets.train.verdict import by_first, together
 from jaxnets.typing import PyTree
 
 _STATE = "state"
-_DAMAGED = ".damaged"
 _TIMEOUT_S = 3600.0  # for what takes as long as the slowest disk does
 
 
 class Checkpoints:
     """The checkpoints of one run: the latest ones and the best ones are kept.
 
-    Saving returns as soon as the state is copied; files, digests and the manifest are written by a
-    thread. Older checkpoints are deleted only after a newer one is complete. Use it as a context, or
-    call `wait`, so that the last save is complete; a program that ends without either waits too.
+    Saving returns as soon as the state is copied to the host's memory; files, digests and the manifest
+    are written by a thread. Older checkpoints are deleted only after a newer one is complete. Use it as
+    a context, or call `wait`, so that the last save is complete; a program that ends without either
+    waits too.
 
     Args:
         folder: where; made when the first step is saved.
@@ -105,13 +106,18 @@ class Checkpoints:
         return Manifest(**content)
 
     def clean(self) -> list[str]:
-        """Remove what interrupted saves left behind; the names of what was removed."""
+        """Remove what interrupted saves left behind; the names of what was removed.
+
+        A step that has lost its manifest isn't that: see `newest_whole`.
+        """
 
         def clean() -> list[str]:
             removed = []
-            for path in sorted(self.folder.glob("*")):
-                if path.name.isdigit() and path.is_dir() and not (path / MANIFEST).exists():
-                    shutil.rmtree(path)
+            for path in step_folder.numbered(self.folder):
+                if (path / MANIFEST).exists():
+                    step_folder.finish(path)  # if the kill came just before that
+                elif step_folder.is_left_over(path):
+                    step_folder.remove(path)
                     removed.append(path.name)
             return removed
 
@@ -124,7 +130,7 @@ class Checkpoints:
     def newest_whole(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are what was written; damaged ones after it are set aside.
 
-        They are renamed, to 00000012.damaged, and not deleted.
+        So are all that have lost their manifest. They are renamed, to 00000012.damaged, and not deleted.
 
         Returns:
             the step, None if nothing was ever saved, and a line about each that was set aside.
@@ -132,7 +138,8 @@ class Checkpoints:
         Raises:
             CheckpointError: if there is no whole step, but damaged ones; or one can't be read at all.
         """
-        damaged: dict[int, str] = {}
+        lost = by_first("checkpoints/lost", self._lost)
+        damaged = {step: str(manifest.damaged(step, self._path(step) / MANIFEST)) for step in lost}
         for step in reversed(self.steps()):
             try:
                 self._check_files(step)
@@ -145,11 +152,9 @@ class Checkpoints:
             found = None
         if found is not None:
             return found, by_first("checkpoints/aside", lambda: self._set_aside(damaged, found))
-        names = by_first(
-            "checkpoints/damaged", lambda: sorted(p.name for p in self.folder.glob(f"*{_DAMAGED}*"))
-        )
+        names = by_first("checkpoints/damaged", lambda: step_folder.those_set_aside(self.folder))
         if damaged or names:
-            why = next(iter(damaged.values()), f"{names[-1]} was set aside as damaged" if names else "")
+            why = damaged[max(damaged)] if damaged else f"{names[-1]} was set aside as damaged"
             raise errors.CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {why}; --no-resume begins anew and keeps them"
             )
@@ -227,8 +232,8 @@ class Checkpoints:
         step = int(state.step)
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
-        # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
-        copy = jax.block_until_ready(_copy(_as_dict(state)))
+        # Orbax would copy it too, but not on a CPU: the next step would write over what is being saved.
+        copy = copied_to_host(_as_dict(state))
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)
@@ -236,7 +241,8 @@ class Checkpoints:
         try:
             self._pending = self._executor.submit(self._write, end, record, set(keep))
         except RuntimeError as error:  # by then Python starts no work in threads any more
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                step_folder.remove(self._path(step))
             raise self._failed(step, "the program is ending, or this was closed") from error
 
     def check(self) -> None:
@@ -301,7 +307,7 @@ class Checkpoints:
             timeout_s=_TIMEOUT_S,
         )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        state = TrainState(**_copy(loaded[0]))
+        state = TrainState(**renewed(loaded.pop(), _as_dict(abstract)))
         if has_health != wants_health:
             place = abstract.guard.sharding
             health = jax.jit(fresh_health, out_shardings=place)() if wants_health else None
@@ -329,9 +335,12 @@ class Checkpoints:
         if (folder / MANIFEST).exists():
             return False
         try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            if step_folder.has_lost_manifest(folder):
+                aside = step_folder.set_aside(folder).name
+                hosts.say(f"warning: {manifest.damaged(step, folder / MANIFEST)}; it is kept as {aside}")
+            elif folder.exists():
+                step_folder.remove(folder)
+            step_folder.make(folder)
         except OSError as error:
             raise self._failed(step, self._why(error)) from error
         return True
@@ -342,8 +351,12 @@ class Checkpoints:
 
         def write() -> dict[str, tuple[int, str]]:
             try:
+                # Of several processes Orbax has begun by now. After a power cut before this the step
+                # looks as if it had lost its manifest, which is the safe side.
+                if hosts.is_first():
+                    files.sync(folder)
                 end()
-                return manifest.seal_files(folder, array_store.own_files(folder))
+                return manifest.seal_files(folder, array_store.own_files(folder / _STATE))
             except Exception as error:
                 raise errors.CheckpointError(self._why(error)) from error
 
@@ -360,7 +373,8 @@ class Checkpoints:
                 self._complete(record, parts)
             except Exception as error:
                 if not (folder / MANIFEST).exists():
-                    shutil.rmtree(folder, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        step_folder.remove(folder)
                 why = str(error) if error is failure else self._why(error)
                 raise self._failed(record.step, why) from (error.__cause__ or error)
             # The step is complete. What can't be deleted now is tried again after the next save.
@@ -376,6 +390,7 @@ class Checkpoints:
         written = {name: found for part in parts for name, found in sorted(part.items())}
         manifest.write_manifest(folder, dataclasses.replace(record, files=written))
         files.sync(self.folder)
+        step_folder.finish(folder)
 
     def _discard_old(self, keep: set[int]) -> None:
         steps = self._steps()
@@ -384,9 +399,11 @@ class Checkpoints:
             self._discard(old)
 
     def _discard(self, step: int) -> None:
-        # The manifest goes first, so that a kill in between leaves nothing half-valid.
-        (self._path(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self._path(step))
+        step_folder.remove(self._path(step))
+
+    def _lost(self) -> list[int]:
+        paths = step_folder.numbered(self.folder)
+        return [int(path.name) for path in paths if step_folder.has_lost_manifest(path)]
 
     def _steps(self) -> list[int]:
         return sorted(
@@ -424,13 +441,8 @@ class Checkpoints:
     def _set_aside(self, damaged: Mapping[int, str], whole: int) -> list[str]:
         lines = []
         for step, why in damaged.items():
-            aside = self.folder / f"{step:08d}{_DAMAGED}"
-            number = 1
-            while aside.exists():
-                number += 1
-                aside = self.folder / f"{step:08d}{_DAMAGED}.{number}"
             try:
-                self._path(step).rename(aside)
+                aside = step_folder.set_aside(self._path(step))
             except OSError as error:
                 raise errors.CheckpointError(
                     f"{why}; it can't be renamed: {first_line(error)}"
@@ -456,11 +468,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
-
-
-@jax.jit  # one program, which is faster than one for each leaf
-def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def _health_at(abstract: TrainState) -> Any:

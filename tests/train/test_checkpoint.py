@@ -123,16 +123,54 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes(saved, strategy):
     partial = folder / "00000007"
     shutil.copytree(folder / "00000003", partial)
     (partial / "manifest.json").rename(partial / "manifest.json.tmp")
+    (partial / "unfinished").touch()
+    (folder / "00000008").mkdir()  # killed before anything was in it
+    (folder / "00000003" / "unfinished").touch()  # killed after all was
     checkpoints = Checkpoints(folder)
     assert checkpoints.steps() == [3]
-    assert checkpoints.clean() == ["00000007"]
-    assert not partial.exists()
+    assert checkpoints.clean() == ["00000007", "00000008"]
+    assert [path.name for path in folder.iterdir()] == ["00000003"]
+    assert not (folder / "00000003" / "unfinished").exists()
     partial.mkdir()  # and without cleaning a new save of that step replaces it
-    (partial / "junk").write_text("x")
+    for name in ("junk", "unfinished"):
+        (partial / name).write_text("")
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(at_step(state, 7))
     assert Checkpoints(folder).latest() == 7
-    assert not (partial / "junk").exists()
+    assert sorted(path.name for path in partial.iterdir()) == ["manifest.json", "state"]
+    assert Checkpoints(folder).newest_whole() == (7, [])
+
+
+def test_a_step_that_lost_its_manifest_is_kept(saved, strategy, capsys):
+    """Only what a save left unfinished is deleted: a manifest may be lost by a mistake."""
+    folder, state = saved
+    for step in (2, 5):
+        shutil.copytree(folder / "00000003", folder / f"{step:08d}")
+        (folder / f"{step:08d}" / "manifest.json").unlink()
+    lost = sorted(p.name for p in (folder / "00000005").rglob("*"))
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.clean() == []
+    step, lines = checkpoints.newest_whole()
+    assert (step, len(lines)) == (3, 2)
+    for number in (2, 5):
+        (line,) = [line for line in lines if f"step {number} is damaged: " in line]
+        assert "manifest.json is not what was written; it is kept as 0000000" in line
+    assert sorted(p.name for p in (folder / "00000005.damaged").rglob("*")) == lost
+    (folder / "00000005.damaged").rename(folder / "00000005")
+    with Checkpoints(
+        folder
+    ) as checkpoints:  # and without looking before, where that step is saved again
+        checkpoints.save(at_step(state, 5))
+    assert "warning: the checkpoint of step 5 is damaged: " in capsys.readouterr().err
+    assert sorted(p.name for p in (folder / "00000005.damaged").rglob("*")) == lost
+    assert Checkpoints(folder).newest_whole() == (5, [])
+    for number in (3, 5):
+        (folder / f"{number:08d}" / "manifest.json").unlink()
+    with pytest.raises(
+        errors.CheckpointError, match=r"no checkpoint in .* is whole: .*step 5 is damaged"
+    ):
+        Checkpoints(folder).newest_whole()
+    assert (folder / "00000003").exists()
 
 
 def test_a_flipped_byte_anywhere_is_noticed(saved, strategy):

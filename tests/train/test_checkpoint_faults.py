@@ -51,14 +51,15 @@ def test_a_damaged_step_is_set_aside_and_an_older_one_taken(two, strategy, harm,
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
     for name in names:
-        if name.name == "manifest.json" and harm is os.unlink:
-            continue  # an unfinished save, see below
         shutil.rmtree(folder)
         shutil.copytree(whole, folder)
         harm(folder / name)
-        with pytest.raises(errors.DamagedError, match=rf"step 4 is damaged: .*{name.name}"):
+        is_lost = name.name == "manifest.json" and harm is os.unlink
+        kind = errors.CheckpointError if is_lost else errors.DamagedError
+        why = "no checkpoint of step 4" if is_lost else rf"step 4 is damaged: .*{name.name}"
+        with pytest.raises(kind, match=why):
             Checkpoints(folder).restore(4, abstract)
-        assert Checkpoints(folder).steps() == [3, 4]  # asked for by its number it stays where it is
+        assert (folder / "00000004").exists()  # asked for by its number it stays where it is
         restored, manifest, lines = Checkpoints(folder).restore_latest(abstract)
         t.assert_same(t.at_step(state, 3), restored)
         assert manifest.extra == {"step": 3}
@@ -185,7 +186,9 @@ FORKS = """
     import functools, os, shutil, signal
     from pathlib import Path
     import test_checkpoint as t
-    from jaxnets.train import Checkpoints, array_store, checkpoint, files, make_strategy, manifest
+    from jaxnets.train import (
+        Checkpoints, array_store, checkpoint, files, make_strategy, manifest, step_folder
+    )
     array_store.prepare()
 
     def die(*_, **__):
@@ -211,6 +214,10 @@ FORKS = """
 KILLS = (
     FORKS
     + """
+    def kill_after_the_mark():
+        touch = Path.touch
+        Path.touch = lambda *a: (touch(*a), die())
+
     def kill_begun():
         begin = array_store.begin_save
         array_store.begin_save = lambda *a: (begin(*a), die)[1]
@@ -235,11 +242,18 @@ KILLS = (
         replace = Path.replace
         Path.replace = lambda *a: (replace(*a), die())
 
+    def kill_before_the_mark_goes():
+        step_folder.finish = die
+
     def kill_before_deletion():
         Checkpoints._discard_old = die
 
-    def kill_in_deletion():
-        shutil.rmtree = die
+    def in_deletion(hook):
+        discard = Checkpoints._discard_old
+        Checkpoints._discard_old = lambda *a: (hook(), discard(*a))
+
+    def kill_after_the_manifest_goes():
+        in_deletion(lambda: setattr(Path, "iterdir", die))
 
     def kill_in_deletion_of_files():
         remove = shutil.rmtree
@@ -264,14 +278,14 @@ KILLS = (
 
 def test_a_kill_at_the_worst_moments(tmp_path, strategy):
     """After each the newest complete step is whole, and the next start and save leave nothing behind."""
-    (ended,) = processes.run(KILLS.format(folder=str(tmp_path)), 1, joined=False)
+    (ended,) = processes.run(KILLS.format(folder=str(tmp_path)), 1, joined=False, timeout=300)
     status = dict(line.split() for line in ended.out.splitlines() if line.startswith("kill_"))
-    assert len(status) == 8
+    assert len(status) == 10
     assert set(status.values()) == {str(-signal.SIGKILL)}, ended.err
     abstract = strategy.abstract(t.make_state)
     state = strategy.init(t.make_state)
     for name in status:
-        newest = 2 if name in list(status)[:4] else 3
+        newest = 2 if name in list(status)[:5] else 3
         with Checkpoints(tmp_path / name, num_recent=1) as checkpoints:
             checkpoints.clean()
             assert all(map(checkpoints.is_whole, checkpoints.steps())), name
@@ -283,7 +297,9 @@ def test_a_kill_at_the_worst_moments(tmp_path, strategy):
             checkpoints.wait()
         left = sorted(p.name for p in (tmp_path / name).iterdir())
         assert left == ["00000001", "00000004"], name
-        assert not [p for p in (tmp_path / name).rglob("*") if "tmp" in p.name], name
+        assert not [
+            p for p in (tmp_path / name).rglob("*") if "tmp" in p.name or p.name == "unfinished"
+        ], name
 
 
 ENDS = (

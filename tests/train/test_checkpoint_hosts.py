@@ -21,6 +21,7 @@ BEGIN = """
     from test_checkpoint_hosts import RULES
     from jaxnets import errors
     from jaxnets.train import Checkpoints, array_store, make_strategy, manifest
+    from jaxnets.train.host_copy import copied_to_host
 
     folder, me = Path({folder!r}), hosts.index()
     strategy = make_strategy(rules=RULES)
@@ -76,10 +77,17 @@ SAVE = (
             return original(*args, **options)
         setattr(multihost_utils, name, watched)
 
+    # Each process copies what it has, once; who is the first, and writes it, changes.
+    copies = jax.tree.leaves(copied_to_host(state))
+    say("bytes", [sum(s.data.nbytes for s in x.addressable_shards) / x.nbytes for x in copies])
+    firsts = [x.sharding.mesh.devices.flat[0].process_index for x in copies]
+    say("firsts", [sorted(set(firsts)), {{x.sharding.memory_kind for x in copies}} == {{"pinned_host"}}])
+
     # A killed save of the same step is in the way, and steps with collectives go on behind the save.
     if me == 0:
         (folder / "00000003" / "state" / "junk").mkdir(parents=True)
         (folder / "00000003" / "state" / "junk" / "x").write_text("x")
+        (folder / "00000003" / "unfinished").touch()
     step = jax.jit(
         lambda x: x - 0.5 * jnp.mean(x), donate_argnums=0, out_shardings=state.params["w"].sharding
     )
@@ -125,6 +133,8 @@ SAVE = (
 def test_two_processes_save_and_restore_as_one(tmp_path):
     ended = processes.run(SAVE.format(folder=str(tmp_path / "c")), 2, timeout=120)
     found = said(ended)
+    assert sorted(set(found["bytes"])) == [0.5, 1.0]
+    assert found["firsts"] == [[0, 1], True]
     assert found["same"] is True
     assert found["sharding"] == str(P("data"))
     assert found["extra"] == {"a": [1]}
