@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: python -m jaxnets {{{','.join(_COMMANDS)}}} [FLAGS]\n")
         for name, (kind, _) in _COMMANDS.items():
-            print(f"{name:<9}{kind.__doc__.splitlines()[0]}")
+            print(f"{name:<9}{str(kind.__doc__).splitlines()[0]}")
         return 0 if argv else 2
     try:
         if argv[0] not in _COMMANDS:
@@ -134,8 +134,8 @@ def inspect_model(arguments: Inspect) -> None:
     try:
         rows = layer_table(build(num_classes=arguments.num_classes), shape)
     except (ValueError, TypeError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {text}") from error
+        why = errors.first_line(error)
+        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {why}") from error
     print(format_table(rows))
     print(
         f"for a batch of {arguments.batch_size}; FLOPs: forward, 2 for each multiply-add of matrix "

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import errors
+from jaxnets.errors import first_line
 from jaxnets.train import array_store, files, hosts, manifest
 from jaxnets.train.at_exit import wait_at_exit
-from jaxnets.train.files import first_line
 from jaxnets.train.health import fresh_health
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
 from jaxnets.train.state import TrainState

@@ -23,7 +23,7 @@ from jax._src import (
 )  # the service's client has no public name; Orbax takes it from here too
 
 from jaxnets import errors
-from jaxnets.train.files import first_line
+from jaxnets.errors import first_line
 
 TIMEOUT_S = 300.0
 _QUIET_S = 5.0
