@@ -100,6 +100,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
 
     def augmented(image, index, position, *, key, size):
         x_BHWC = ops.normalize_images(image)
+        # Two of them have the words of the state's keys, into which Flax folds the name of each layer.
         flip_key, crop_key, cut_key = jax.random.split(key, 3)
         if config.flip == "random":
             x_BHWC = augment.random_flip(x_BHWC, key=flip_key, position=position)

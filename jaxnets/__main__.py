@@ -47,12 +47,19 @@ class Doctor:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A command in several processes of this machine, which stand in for hosts: FLAGS -- COMMAND."""
+    """A command in several processes of this machine, which stand in for hosts: FLAGS -- COMMAND.
+
+    In it `python` is the Python that runs this, whatever PATH has.
+    """
 
     num_processes: int
     """How many."""
     devices_per_process: int | None = None
     """So many devices of the CPU in each; what is there by default."""
+    restarts: int = 0
+    """How often to start all again after one was killed or hung; a run goes on from its checkpoint."""
+    verbose: bool = False
+    """Show also what Gloo and absl say of each connection."""
     command: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
@@ -66,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: python -m jaxnets {{{','.join(_COMMANDS)}}} [FLAGS]\n")
         for name, (kind, _) in _COMMANDS.items():
-            print(f"{name:<9}{kind.__doc__}")
+            print(f"{name:<9}{str(kind.__doc__).splitlines()[0]}")
         return 0 if argv else 2
     try:
         if argv[0] not in _COMMANDS:
@@ -76,6 +83,8 @@ def main(argv: Sequence[str]) -> int:
         if kind is Launch and "--" in words:
             at = words.index("--")
             words, command = words[:at], tuple(words[at + 1 :])
+        elif kind is Launch and not {"-h", "--help"} & set(words):
+            raise errors.ConfigError(f"what to launch comes after --, as in: {launch.EXAMPLE}")
         arguments = read_words(kind, words, prog=f"python -m jaxnets {argv[0]}")
         if isinstance(arguments, Launch):
             arguments = dataclasses.replace(arguments, command=command)
@@ -125,8 +134,8 @@ def inspect_model(arguments: Inspect) -> None:
     try:
         rows = layer_table(build(num_classes=arguments.num_classes), shape)
     except (ValueError, TypeError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {text}") from error
+        why = errors.first_line(error)
+        raise errors.ConfigError(f"{arguments.model} can't take images of {shape}: {why}") from error
     print(format_table(rows))
     print(
         f"for a batch of {arguments.batch_size}; FLOPs: forward, 2 for each multiply-add of matrix "
@@ -160,6 +169,8 @@ def launch_command(arguments: Launch) -> int:
         arguments.command,
         arguments.num_processes,
         devices_per_process=arguments.devices_per_process,
+        restarts=arguments.restarts,
+        verbose=arguments.verbose,
     )
 
 

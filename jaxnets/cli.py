@@ -16,7 +16,7 @@ from typing import Any
 
 import jaxlib.version
 
-from jaxnets import agreement, defects, errors, registry, runner, startup
+from jaxnets import agreement, defects, errors, registry, resume, runner, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
@@ -262,16 +262,8 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path
     recipe, strategy, _ = _prepared(experiment, config, options)
     agreement.check_data(recipe)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
-    chosen = options.checkpoint
-    if chosen in ("latest", "best"):
-        step = checkpoints.latest() if chosen == "latest" else checkpoints.best()
-    elif chosen.isdigit():
-        step = int(chosen)
-    else:
-        raise errors.unknown("checkpoint", chosen, ("latest", "best", "the number of a step"))
-    if step is None:
-        raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
-    state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
+    abstract = strategy.abstract(runner.make_state(recipe))
+    step, state = resume.read(checkpoints, options.checkpoint, abstract)
     with watchdog.Watchdog(options.watchdog_s) as dog:
         evaluated = make_evaluator(recipe, strategy, options, beat=dog.beat)(state)
     if hosts.is_first():

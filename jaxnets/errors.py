@@ -67,3 +67,25 @@ def unknown(kind: str, name: str, names: Iterable[str], *, advice: str = "") -> 
     hint = f": did you mean {near[0]!r}?" if near else ":"
     advice = advice or f"there are: {', '.join(names)}"
     return ConfigError(f"unknown {kind} {name!r}{hint} {f'({advice})' if near else advice}")
+
+
+def first_line(error: BaseException, *, with_file: bool = False) -> str:
+    """What an error says, in one line of at most 300 characters; its class if it says nothing.
+
+    Args:
+        error: which.
+        with_file: whether an OSError also names its file, which the caller's line may do already.
+    """
+    system = error.strerror if isinstance(error, OSError) and not with_file else None
+    return system or (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def named_line(error: BaseException) -> str:
+    """An error's class and what it says, in one line.
+
+    Example:
+        >>> named_line(KeyError("x")), named_line(KeyboardInterrupt())
+        ("KeyError: 'x'", 'KeyboardInterrupt')
+    """
+    name, line = type(error).__name__, first_line(error, with_file=True)
+    return name if line == name else f"{name}: {line}"

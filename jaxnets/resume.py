@@ -1,4 +1,4 @@
-"""The state that a run goes on from, and what it has spent so far."""
+"""The state that a run goes on from, what it has spent so far, and the state that a reader asks for."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +61,38 @@ def start(
             "same to rounding, but not if the model has batch normalisation"
         )
     return state, manifest.extra
+
+
+def read(checkpoints: Checkpoints, chosen: str, abstract: TrainState) -> tuple[int, TrainState]:
+    """The step and the state that someone asks for who only reads; nothing in the folder is changed.
+
+    Args:
+        checkpoints: of a run, which may still go on.
+        chosen: "latest", the newest whole one; "best"; or the number of a step.
+        abstract: shapes, dtypes and shardings of the state, as of `Strategy.abstract`.
+
+    Raises:
+        ConfigError: if `chosen` is none of these.
+        CheckpointError: if there is no such checkpoint, or it isn't this recipe's.
+        DamagedError: if that of "best" or of a number isn't whole, with those that are.
+    """
+    if chosen == "latest":
+        step, lines = checkpoints.newest_whole(set_aside=False)
+        for line in lines:
+            say(f"warning: {line}")
+    elif chosen == "best":
+        step = checkpoints.best()
+    elif chosen.isdigit():
+        step = int(chosen)
+    else:
+        raise errors.unknown("checkpoint", chosen, ("latest", "best", "the number of a step"))
+    if step is None:
+        raise errors.CheckpointError(f"{checkpoints.folder.parent} has no {chosen} checkpoint yet")
+    try:
+        return step, checkpoints.restore(step, abstract)[0]
+    except errors.DamagedError as error:
+        whole = [str(other) for other in checkpoints.steps() if checkpoints.is_whole(other)]
+        raise errors.DamagedError(f"{error} (whole are: {', '.join(whole) or 'none'})") from error
 
 
 def add(spent: Mapping[str, Any], clock: Clock, recipe: Recipe, options: RunOptions) -> dict[str, Any]:

@@ -445,8 +445,8 @@ def _usages(recipe: Recipe, state: TrainState) -> dict[int, Usage]:
         except (FlaxError, TypeError, ValueError) as error:
             if isinstance(error, TypeError) and not begin:  # a mistake in code, not in a size
                 raise
-            line = str(error).splitlines()[0]
             raise errors.ConfigError(
-                f"the model does not fit what it is trained on from step {begin} on: {line}"
+                f"the model does not fit what it is trained on from step {begin} on: "
+                f"{errors.first_line(error)}"
             ) from error
     return usages

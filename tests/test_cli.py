@@ -93,6 +93,37 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == result["best_step"]
 
 
+def test_an_evaluation_of_a_run_whose_newest_checkpoint_is_damaged(tmp_path, capsys):
+    """The newest whole one is taken, and said; nothing is renamed, as a reader must not write."""
+    assert cifar("train", *SMALL, "--steps", "6", "--checkpoint-every", "2", "--num-devices", "1") == 0
+    folder = tmp_path / "runs" / "cifar10" / "checkpoints"
+    harmed = max((folder / "00000006").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    content = harmed.read_bytes()
+    harmed.write_bytes(content[:-1])
+    before = files_below(folder.parent)
+    capsys.readouterr()
+    assert cifar("eval") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 4
+    assert re.search(r"warning: .*step 6 is damaged: .*; step 4 is taken instead\n", err)
+    for chosen in ("6", "best"):
+        assert cifar("eval", "--checkpoint", chosen) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "step 6 is damaged" in line
+        assert line.endswith("choose another step (whole are: 4)")
+    assert cifar("eval", "--checkpoint", "4") == 0
+    for path in folder.rglob("*"):
+        if path.is_file() and path != harmed:
+            path.write_bytes(b"")
+    capsys.readouterr()
+    assert cifar("eval") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no checkpoint in" in line
+    assert "--no-resume" not in line
+    assert files_below(folder.parent) == before
+    assert harmed.read_bytes() == content[:-1]
+
+
 def test_the_same_command_again_goes_on_and_more_epochs_extend(tmp_path, capsys):
     words = ["train", *SMALL, "--num-devices", "1"]
     assert cifar(*words, "--steps", "5") == 0

@@ -25,9 +25,10 @@ WORDS = ["--no-pictures", "--log-every", "1", "--batch-size", "64"]
 MANY = 100_000  # steps: more than a test waits for
 
 
-def launch(folder, *words, num_processes=2, devices=1, module="experiments.digits"):
+def launch(folder, *words, num_processes=2, devices=1, restarts=0, module="experiments.digits"):
     command = [sys.executable, "-m", "jaxnets", "launch", "--num-processes", str(num_processes),
-               "--devices-per-process", str(devices), "--", sys.executable, "-m", module, "train",
+               "--devices-per-process", str(devices), "--restarts", str(restarts),
+               "--", "python", "-m", module, "train",
                "--run-dir", str(folder), *WORDS, *words]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -145,6 +146,42 @@ def test_a_host_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, who):
     found = end(hosts(folder, lambda i: words), 300)
     assert [code for _, code in found] == [0, 0], found
     assert re.search(r"resuming at step [1-9]", found[0][0])
+    assert rows(folder) == rows(tmp_path / "whole")
+
+
+SUICIDE = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from jaxnets import registry
+
+registry.register("model", "none", print)  # a plugin must register something
+
+def watch():
+    log = Path("{folder}/metrics.jsonl")
+    while not (log.exists() and len(log.read_bytes().splitlines()) > 24):
+        time.sleep(0.02)
+    Path("{killed}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[sys.argv.index("--process-id") + 1] == "{who}" and not Path("{killed}").exists():
+    threading.Thread(target=watch, daemon=True).start()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_launch_starts_again_what_was_killed(tmp_path, who):
+    """And the run, which goes on by itself, is that which nobody killed."""
+    words = ["--steps", "80", "--checkpoint-every", "5", "--fixed-order", "4"]
+    ((out, code),) = end([launch(tmp_path / "whole", *words)], 300)
+    assert code == 0, out
+    folder, plugin = tmp_path / "broken", tmp_path / "plugin.py"
+    plugin.write_text(SUICIDE.format(folder=folder, killed=tmp_path / "killed", who=who))
+    ((out, code),) = end([launch(folder, *words, "--plugin", str(plugin), restarts=1)], 500)
+    assert code == 0, out
+    assert f"launch: process {who} was killed by SIGKILL first; all are started again" in out
+    assert re.search(r"resuming at step [1-9]", out)
     assert rows(folder) == rows(tmp_path / "whole")
 
 

@@ -98,7 +98,7 @@ class ArrayRecords:
             try:
                 ends.append(ends[-1] + len(ArrayRecordDataSource(path)))
             except Exception as error:
-                reason = str(error).splitlines()[0]
+                reason = errors.first_line(error)
                 raise errors.DataError(f"{path}: not an ArrayRecord file ({reason})") from error
         self._ends = ends
         self._files = ArrayRecordDataSource(self._paths)

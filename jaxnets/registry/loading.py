@@ -180,9 +180,8 @@ def _explain(error: BaseException, path: str) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}, line {error.lineno}: {error.msg}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    text = (str(error).strip().splitlines() or [""])[0]
-    if not isinstance(error, errors.UserError):
-        text = f"{type(error).__name__}: {text}"
+    is_ours = isinstance(error, errors.UserError)
+    text = errors.first_line(error) if is_ours else errors.named_line(error)
     return f"{path}, line {lines[-1]}: {text}" if lines else f"{path}: {text}"
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 
 from jaxnets import errors
+from jaxnets.errors import first_line
 from jaxnets.train import array_store, files, hosts, manifest, step_folder
 from jaxnets.train.at_exit import wait_at_exit
-from jaxnets.train.files import first_line
 from jaxnets.train.health import fresh_health
 from jaxnets.train.host_copy import copied_to_host, renewed
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
@@ -127,13 +127,16 @@ class Checkpoints:
         """Delete a step."""
         by_first("checkpoints/discard", lambda: self._discard(step))
 
-    def newest_whole(self) -> tuple[int | None, list[str]]:
+    def newest_whole(self, *, set_aside: bool = True) -> tuple[int | None, list[str]]:
         """The newest step whose files are what was written; damaged ones after it are set aside.
 
         So are all that have lost their manifest. They are renamed, to 00000012.damaged, and not deleted.
 
+        Args:
+            set_aside: a mere reader leaves damaged steps as they are.
+
         Returns:
-            the step, None if nothing was ever saved, and a line about each that was set aside.
+            the step, None if nothing was ever saved, and a line about each damaged one after it.
 
         Raises:
             CheckpointError: if there is no whole step, but damaged ones; or one can't be read at all.
@@ -150,14 +153,15 @@ class Checkpoints:
             break
         else:
             found = None
-        if found is not None:
+        if found is not None and set_aside:
             return found, by_first("checkpoints/aside", lambda: self._set_aside(damaged, found))
+        if found is not None:
+            return found, [f"{why}; step {found} is taken instead" for why in damaged.values()]
         names = by_first("checkpoints/damaged", lambda: step_folder.those_set_aside(self.folder))
         if damaged or names:
             why = damaged[max(damaged)] if damaged else f"{names[-1]} was set aside as damaged"
-            raise errors.CheckpointError(
-                f"no checkpoint in {self.folder} is whole: {why}; --no-resume begins anew and keeps them"
-            )
+            advice = "; --no-resume begins anew and keeps them" if set_aside else ""
+            raise errors.CheckpointError(f"no checkpoint in {self.folder} is whole: {why}{advice}")
         return None, []
 
     def is_whole(self, step: int) -> bool:
@@ -167,27 +171,6 @@ class Checkpoints:
         except errors.CheckpointError:
             return False
         return True
-
-    def restore_latest(
-        self, abstract: TrainState
-    ) -> tuple[TrainState | None, Manifest | None, list[str]]:
-        """Read the newest step whose files are what was written; damaged ones after it are set aside.
-
-        Args:
-            abstract: shapes, dtypes and shardings of the state, as of `Strategy.abstract`.
-
-        Returns:
-            the state and the manifest, None if nothing was ever saved, and a line about each step that
-            was set aside.
-
-        Raises:
-            CheckpointError: if there is no whole step, but damaged ones; if the state is another model's
-                or optimizer's.
-        """
-        step, lines = self.newest_whole()
-        if step is None:
-            return None, None, lines
-        return *self.restore(step, abstract), lines
 
     def amend(self, step: int, *, score: float | None, extra: Mapping[str, Any]) -> None:
         """Give a step that was saved before its evaluation what belongs to it; all of it or nothing.

@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from jaxnets import errors
-from jaxnets.train.files import first_line, write_atomically
+from jaxnets.errors import first_line
+from jaxnets.train.files import write_atomically
 from jaxnets.train.mesh import path_of
 from jaxnets.train.provenance import Counts, Node, Tag, Walk, count, on_one_device
 from jaxnets.train.replay import Replay, is_bad
@@ -55,6 +56,7 @@ class Diagnosis:
         operands: what the operation was given, if all of that was finite.
         examples: `batch["index"]` of the rows concerned, or the rows themselves if there is no index;
             empty if the value has no rows or all of them are concerned.
+        batch: `batch["index"]` of all rows of the step; empty if there is no index.
         terms: the terms of the loss that aren't finite, or whose gradients aren't.
         micro_batch: which one, from 0; None without accumulation.
         layers: the non-finite inputs, outputs and gradients of modules, in order, from the first on.
@@ -75,6 +77,7 @@ class Diagnosis:
     made: Counts | None = None
     operands: tuple[str, ...] = ()
     examples: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
     terms: tuple[str, ...] = ()
     micro_batch: int | None = None
     layers: tuple[tuple[str, Counts], ...] = ()
@@ -106,6 +109,9 @@ class Diagnosis:
         lines += [f"  from {operand}" for operand in self.operands]
         if self.examples:
             lines.append(f"examples: {_list(self.examples)}")
+        elif self.batch:
+            held = f"the batch held examples {_list(self.batch)}"
+            lines.append(f"{held}; none of them can be singled out")
         if self.terms:
             lines.append(f"loss terms concerned: {_list(self.terms)}")
         if self.micro_batch is not None:
@@ -155,7 +161,8 @@ def diagnose(
         # Of the skipped ones this may be the last.
         last_good = number - max(skipped - max(at - number, 0), 0)
         replay = Replay(loss_fn, state, batch, weights_fn, dict(coefficients or {}), accumulate, number)
-        return _diagnose(replay, last_good)
+        index = np.ravel(np.asarray(batch.get("index", ()), np.int64))
+        return dataclasses.replace(_diagnose(replay, last_good), batch=tuple(index.tolist()))
 
 
 def report_nonfinite(

@@ -57,9 +57,3 @@ def has_digest(path: Path, expected: str) -> bool:
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return path if path.exists() or path == path.parent else existing(path.parent)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    system = error.strerror if isinstance(error, OSError) else None
-    return system or (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -23,7 +23,7 @@ from jax._src import (
 )  # the service's client has no public name; Orbax takes it from here too
 
 from jaxnets import errors
-from jaxnets.train.files import first_line
+from jaxnets.errors import first_line
 
 TIMEOUT_S = 300.0
 _QUIET_S = 5.0
@@ -228,18 +228,36 @@ def gather(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> list[Any]:
 
 
 def broadcast(name: str, value: Any, *, timeout_s: float = TIMEOUT_S) -> Any:
-    """The first process's value on every process; the value of the others isn't looked at."""
+    """The first process's value on every process; the value of the others isn't looked at.
+
+    The first one doesn't wait for the others, which may come late: the last to read it deletes it.
+
+    Args:
+        name: of the exchange; it may be used again and again, in the same order on every process.
+        value: what JSON can hold.
+        timeout_s: how long to wait for the first process.
+
+    Raises:
+        HostError: if it gives none in that time.
+    """
     if count() == 1:
         return json.loads(json.dumps(value))
-    key = _numbered(f"broadcast/{name}")
+    key, service = _numbered(f"broadcast/{name}"), client()
     if is_first():
-        client().key_value_set(key, json.dumps(value))
+        text = json.dumps(value)
+        service.key_value_set(f"{key}/value", text)
+        return json.loads(text)
     try:
-        return json.loads(client().blocking_key_value_get(key, round(timeout_s * 1000)))
+        text = service.blocking_key_value_get(f"{key}/value", round(timeout_s * 1000))
     except Exception as error:
         raise _lost(
             f"the first process said nothing of {name!r} within {timeout_s:g} s", error
         ) from error
+    with contextlib.suppress(Exception):
+        if service.key_value_increment(f"{key}/readers", 1) == count() - 1:
+            for part in ("value", "readers"):
+                service.key_value_delete(f"{key}/{part}")
+    return json.loads(text)
 
 
 def agree(name: str, values: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S) -> None:

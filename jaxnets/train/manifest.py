@@ -159,7 +159,7 @@ def damaged(step: int, path: Path) -> errors.DamagedError:
 
 
 def _unreadable(path: Path, error: OSError) -> errors.CheckpointError:
-    return errors.CheckpointError(f"{path} can't be read: {files.first_line(error)}")
+    return errors.CheckpointError(f"{path} can't be read: {errors.first_line(error)}")
 
 
 def _seal(content: Mapping[str, Any]) -> str:

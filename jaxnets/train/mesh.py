@@ -63,7 +63,7 @@ def make_mesh(num_devices: int | None = None, sizes: Mapping[str, int] | None = 
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that isn't there
-        why = (str(error) or "JAX_PLATFORMS names one that isn't there").splitlines()[0]
+        why = errors.first_line(error) if str(error) else "JAX_PLATFORMS names one that isn't there"
         raise errors.ConfigError(f"JAX found no devices: {why}") from None
     asked = math.prod((sizes or {}).values()) if sizes else None
     if num_devices is None:

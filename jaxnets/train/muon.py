@@ -1,12 +1,22 @@
-"""Muon (Jordan et al. 2024): a kernel's step is made nearly orthogonal; all directions count alike."""
+"""Muon (Jordan et al. 2024): a kernel's step is made nearly orthogonal; all directions count alike.
 
+A kernel is taken as the matrix of all its inputs by all its outputs: that of a convolution
+`[H, W, I, O]` as `[H * W * I, O]`; of queries, keys and values `[D, N, K]` as `[D, N * K]`, and what is
+behind the heads `[N, K, D]` as `[N * K, D]`. PyTorch's matrices are the transposed ones, which makes no
+difference.
+"""
+
+import math
+import re
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxnets.train import optim
+from jaxnets.train.mesh import path_of
 from jaxnets.typing import Array, Params, PyTree
 
 # Of the odd polynomial of degree 5 that takes all singular values of a step to about 1.
@@ -15,6 +25,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # of a mean over 500 examples and a head of unit scale.
 _MATRIX_RATE, _BIAS_RATE = 5.5, 110.0
 _SGD_MOMENTUM = 0.85
+# Kernels `[D, N, K]`, as Flax calls them too; of all others the last axis alone is the output.
+_INTO_HEADS = re.compile(r"(^|/)(query|key|value)/kernel$")
 
 
 def muon(
@@ -24,7 +36,7 @@ def muon(
     weight_decay: float = 0.0,
     decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for kernels, those of convolutions as matrices, and Adam for the rest.
+    """Muon (Jordan et al. 2024) for what has two axes or more, taken as a matrix, and Adam for the rest.
 
     Args:
         learning_rate: finite, at least 0; or a function of the step.
@@ -35,13 +47,15 @@ def muon(
     optim.check_numbers(learning_rate, weight_decay, momentum=momentum)
 
     def axes(params: Params) -> PyTree:
-        def of(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        def of(path: tuple[Any, ...], leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
             if leaf.ndim < 2:
                 return None
-            inputs = tuple(range(leaf.ndim - 1))
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
+            inputs = _num_inputs(path, leaf)
+            return optax.contrib.MuonDimensionNumbers(
+                reduction_axis=tuple(range(inputs)), output_axis=tuple(range(inputs, leaf.ndim))
+            )
 
-        return jax.tree.map(of, params)
+        return jax.tree_util.tree_map_with_path(of, params)
 
     direction = optax.contrib.muon(
         1.0, beta=momentum, adam_b1=momentum, muon_weight_dimension_numbers=axes
@@ -117,25 +131,32 @@ def orthogonalize(matrix: Array, num_iterations: int = 3) -> Array:
     return x
 
 
+def _num_inputs(path: tuple[Any, ...], kernel: Array) -> int:
+    """How many of a kernel's axes, the first ones, are inputs."""
+    return 1 if kernel.ndim == 3 and _INTO_HEADS.search(path_of(path)) else kernel.ndim - 1
+
+
 def _orthogonalized() -> optax.GradientTransformation:
-    """Updates of kernels `[..., inputs, outputs]`, as matrices of all inputs by the outputs."""
+    """Updates of kernels, as matrices of all inputs by all outputs."""
 
-    def one(update: Array) -> Array:
-        return orthogonalize(update.reshape(-1, update.shape[-1])).reshape(update.shape)
+    def one(path: tuple[Any, ...], update: Array) -> Array:
+        num_outputs = math.prod(update.shape[_num_inputs(path, update) :])
+        return orthogonalize(update.reshape(-1, num_outputs)).reshape(update.shape)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates))
 
 
 def _norms_kept() -> optax.GradientTransformation:
     """Bring each kernel of a convolution to norm sqrt(outputs), and go from there."""
 
-    def one(update: Array, param: Array) -> Array:
+    def one(path: tuple[Any, ...], update: Array, param: Array) -> Array:
         if param.ndim <= 2:
             return update
+        num_outputs = math.prod(param.shape[_num_inputs(path, param) :])
         norm = jnp.maximum(jnp.linalg.norm(param), 1e-12)
-        return update + param * (param.shape[-1] ** 0.5 / norm - 1)
+        return update + param * (num_outputs**0.5 / norm - 1)
 
     def update(updates: PyTree, params: Params | None) -> PyTree:
-        return jax.tree.map(one, updates, params)
+        return jax.tree_util.tree_map_with_path(one, updates, params)
 
     return optax.stateless(update)

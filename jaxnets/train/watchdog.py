@@ -105,8 +105,7 @@ class Watchdog:
             return
         faulthandler.cancel_dump_traceback_later()
         if error is not None and hosts.count() > 1:
-            line = (str(error).strip().splitlines() or [""])[0][:300]
-            _tell(f"{_who()} ended by {type(error).__name__}: {line}", is_hung=False)
+            _tell(f"{_who()} ended by {errors.named_line(error)}", is_hung=False)
 
     def _start(self, target: Callable[[], None], name: str) -> None:
         threading.Thread(target=target, name=name, daemon=True).start()

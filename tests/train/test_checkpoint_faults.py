@@ -10,6 +10,7 @@ import numpy as np
 import processes
 import pytest
 import test_checkpoint as t
+import tiny
 
 from jaxnets import errors
 from jaxnets.train import Checkpoints, array_store, make_strategy
@@ -60,7 +61,7 @@ def test_a_damaged_step_is_set_aside_and_an_older_one_taken(two, strategy, harm,
         with pytest.raises(kind, match=why):
             Checkpoints(folder).restore(4, abstract)
         assert (folder / "00000004").exists()  # asked for by its number it stays where it is
-        restored, manifest, lines = Checkpoints(folder).restore_latest(abstract)
+        restored, manifest, lines = tiny.restore_latest(Checkpoints(folder), abstract)
         t.assert_same(t.at_step(state, 3), restored)
         assert manifest.extra == {"step": 3}
         assert len(lines) == 1
@@ -72,7 +73,7 @@ def test_a_damaged_step_is_set_aside_and_an_older_one_taken(two, strategy, harm,
     with Checkpoints(folder) as checkpoints:  # and the run comes to that step again
         checkpoints.save(t.at_step(state, 4))
     cut(files_of(folder)[0])
-    Checkpoints(folder).restore_latest(abstract)
+    tiny.restore_latest(Checkpoints(folder), abstract)
     assert sorted(p.name for p in folder.iterdir())[-2:] == ["00000004.damaged", "00000004.damaged.2"]
 
 
@@ -107,22 +108,22 @@ def test_a_run_never_begins_anew_in_silence(two, strategy):
         with pytest.raises(
             errors.CheckpointError, match=r"no checkpoint in .* is whole: .*step 4"
         ) as error:
-            Checkpoints(folder).restore_latest(abstract)
+            tiny.restore_latest(Checkpoints(folder), abstract)
         assert "\n" not in str(error.value)
         assert Checkpoints(folder).steps() == [3, 4]
     for step in (3, 4):
         (folder / f"{step:08d}").rename(folder / f"{step:08d}.damaged")
     with pytest.raises(errors.CheckpointError, match=r"00000004.damaged was set aside as damaged"):
-        Checkpoints(folder).restore_latest(abstract)
+        tiny.restore_latest(Checkpoints(folder), abstract)
     shutil.rmtree(folder)
-    assert Checkpoints(folder).restore_latest(abstract) == (None, None, [])
+    assert tiny.restore_latest(Checkpoints(folder), abstract) == (None, None, [])
 
 
 def test_another_model_is_no_damage(two, strategy):
     folder, _ = two
     abstract = strategy.abstract(lambda: t.make_state(width=65))
     with pytest.raises(errors.CheckpointError, match="another model or optimizer"):
-        Checkpoints(folder).restore_latest(abstract)
+        tiny.restore_latest(Checkpoints(folder), abstract)
     assert Checkpoints(folder).steps() == [3, 4]
 
 
@@ -289,7 +290,7 @@ def test_a_kill_at_the_worst_moments(tmp_path, strategy):
         with Checkpoints(tmp_path / name, num_recent=1) as checkpoints:
             checkpoints.clean()
             assert all(map(checkpoints.is_whole, checkpoints.steps())), name
-            restored, manifest, lines = checkpoints.restore_latest(abstract)
+            restored, manifest, lines = tiny.restore_latest(checkpoints, abstract)
             assert (manifest.step, lines) == (newest, []), name
             t.assert_same(t.at_step(state, newest), restored)
             checkpoints.save(t.at_step(state, 3), score=-3)
@@ -389,7 +390,7 @@ def test_a_place_that_is_a_file(tmp_path, strategy):
     (tmp_path / "c").write_text("x")
     for folder in (tmp_path / "c", tmp_path / "c" / "below"):
         checkpoints = Checkpoints(folder)
-        assert checkpoints.restore_latest(strategy.abstract(t.make_state)) == (None, None, [])
+        assert tiny.restore_latest(checkpoints, strategy.abstract(t.make_state)) == (None, None, [])
         with pytest.raises(errors.CheckpointError, match=r"step 0 could not .*; there is no earlier"):
             checkpoints.save(state)
     assert (tmp_path / "c").read_text() == "x"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import golden_run
 import pytest
+import tiny
 
 from jaxnets import errors
 from jaxnets.train import Checkpoints, make_strategy, manifest
@@ -24,7 +25,7 @@ def test_there_is_one_of_each_version():
 def test_a_checkpoint_of_that_version_is_gone_on_with(folder, devices):
     expected = json.loads((folder / "expected.json").read_text())
     abstract = make_strategy(num_devices=devices).abstract(golden_run.make_state)
-    state, found, lines = Checkpoints(folder).restore_latest(abstract)
+    state, found, lines = tiny.restore_latest(Checkpoints(folder), abstract)
     assert (found.step, lines) == (expected["step"], [])
     assert found.versions["jaxnets"] == folder.name.removeprefix("checkpoint-")
     after, loss = golden_run.step(state)
@@ -44,7 +45,7 @@ def test_what_a_newer_version_wrote_is_refused_and_kept(tmp_path):
     path.write_text(json.dumps({"content": content, "sha256": digest}))
     abstract = make_strategy(num_devices=1).abstract(golden_run.make_state)
     checkpoints = Checkpoints(tmp_path / "c")
-    for read in (checkpoints.restore_latest, partial(checkpoints.restore, 3)):
+    for read in (partial(tiny.restore_latest, checkpoints), partial(checkpoints.restore, 3)):
         with pytest.raises(errors.CheckpointError, match=r"written by a newer jaxnets \(7.0; this is "):
             read(abstract)
     assert path.exists()

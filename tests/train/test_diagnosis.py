@@ -108,7 +108,9 @@ def test_a_weight():
     assert [name for name, _ in found.state] == ["params/second/kernel"]
     assert found.layers[0][0] == "output of second"
     assert found.layers[0][1].nan == BATCH
-    assert found.examples == ()  # all of them
+    assert (found.examples, found.batch) == ((), tuple(range(100, 100 + BATCH)))  # all of them
+    said = "the batch held examples 100, 101, 102, 103, 104, 105, 106, 107, ...; none of them can be "
+    assert f"\n{said}singled out\n" in str(found)
     assert (found.step, found.last_good) == (1, 0)
     assert "first non-finite value: forward, in second (Dense): params/second/kernel, 1 NaN" in str(
         found
@@ -125,6 +127,7 @@ def test_a_pixel_names_its_example():
     assert (found.phase, found.tensor, found.state) == ("forward", "batch/x", ())
     assert found.examples == (105, 111)
     assert "examples: 105, 111" in str(found)
+    assert "singled out" not in str(found)
     # Without ids they are counted by their place.
     del rows["index"]
     assert diagnose(loss_fn, state_of(init_fn), rows).examples == (5, 11)
@@ -380,6 +383,7 @@ def test_after_a_run_from_what_the_error_carries(tmp_path, name, num_steps):
     assert (found["tensor"], found["examples"]) == ("batch/x", [bad])
     assert found["counts"] == {"nan": 4, "inf": 0, "size": 64, "array": "float32[16, 4]"}
     assert f"examples: {bad}" in text
+    assert found["batch"] == error.index.tolist()
     assert str(error).startswith(f"step {seen[0] + 1} was not applied")
 
 

@@ -3,6 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from jaxnets import errors
 from jaxnets.train import files
 
 
@@ -40,7 +41,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_what_an_error_says_is_one_line(tmp_path):
-    assert files.first_line(OSError(28, "No space left on device", "a")) == "No space left on device"
-    assert files.first_line(ValueError("one\ntwo")) == "one"
-    assert files.first_line(ValueError()) == "ValueError"
+    assert errors.first_line(OSError(28, "No space left on device", "a")) == "No space left on device"
+    assert errors.first_line(ValueError("one\ntwo")) == "one"
+    assert errors.first_line(ValueError()) == "ValueError"
+    assert errors.named_line(OSError(28, "No space", "a")) == "OSError: [Errno 28] No space: 'a'"
+    assert errors.named_line(AssertionError()) == "AssertionError"
     assert files.existing(tmp_path / "a" / "b") == tmp_path

@@ -56,6 +56,35 @@ def test_what_processes_tell_one_another():
     assert "alone: not all 3 processes came to 'alone' within 0.5 s" in ended[1].out
 
 
+def test_what_was_told_is_not_kept():
+    """However often they speak; and nothing goes before the slowest has read it."""
+    ended = processes.run(
+        """
+        import json, time
+        me = hosts.index()
+        for i in range(20):
+            hosts.gather("number", i)
+        first = []
+        for i in range(20):
+            if me == 2 and i in (0, 10):
+                time.sleep(0.3)  # by then the others are far ahead
+            first.append(hosts.broadcast("word", i if me == 0 else object))
+        hosts.barrier("read")
+        left = [key for key, _ in hosts.client().key_value_dir_get("jaxnets/")]
+        hosts.barrier("counted")
+        print(json.dumps([first, left]))
+        """,
+        3,
+        devices=1,
+    )
+    for e in ended:
+        first, left = json.loads(e.out.splitlines()[-1])
+        assert first == list(range(20))
+        # Of the gatherings the last two, three values each.
+        assert len(left) == 6, left
+        assert all("gather/number" in key for key in left)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -132,6 +132,62 @@ def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
     assert before.max() / before.min() > values.max() / values.min()
 
 
+# In letters: I and O inputs and outputs, H and W pixels, N heads and K their width, D the model's.
+MATRICES = {
+    "conv": ("HWIO", "OIHW", (3, 2, 4, 10)),
+    "sequence": ("HIO", "OIH", (3, 2, 4)),
+    "query": ("DNK", "NKD", (8, 3, 4)),
+    "key": ("DNK", "NKD", (8, 2, 2)),
+    "value": ("DNK", "NKD", (8, 2, 4)),
+    "out": ("NKD", "DNK", (3, 4, 8)),
+    "dense": ("IO", "OI", (5, 9)),
+}
+
+
+def as_torch(name, kernel):
+    """The two axes of PyTorch's matrix, of outputs by inputs, as Jordan's Muon flattens it."""
+    ours, theirs, _ = MATRICES[name]
+    outputs = 2 if theirs == "NKD" else 1
+    x = jnp.einsum(f"{ours}->{theirs}", kernel)
+    return x.reshape(int(np.prod(x.shape[:outputs])), -1)
+
+
+def newton_schulz(matrix, num_iterations):
+    """As `zeropower_via_newtonschulz5` of github.com/KellerJordan/Muon, in float64."""
+    x = np.asarray(matrix, np.float64)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(num_iterations):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if is_tall else x
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_muon_takes_kernels_as_the_reference_takes_its_matrices(name, x64):
+    rng = np.random.default_rng(2)
+    kernel = jnp.asarray(rng.normal(size=MATRICES[name][2]))
+    values = {"attention": {name: {"kernel": kernel}}}
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), values)
+    grad = as_torch(name, grads["attention"][name]["kernel"])
+
+    tx = muon.muon(0.1, momentum=0.0)
+    updates, _ = tx.update(grads, tx.init(values), values)
+    expected = -0.1 * max(1, grad.shape[0] / grad.shape[1]) ** 0.5 * newton_schulz(grad, 5)
+    np.testing.assert_allclose(
+        as_torch(name, updates["attention"][name]["kernel"]), expected, atol=1e-6 * abs(expected).max()
+    )
+    if kernel.ndim == 2:
+        return  # muon_sgd leaves matrices to SGD
+    tx = muon.muon_sgd(0.1, momentum=0.0)
+    updates, _ = tx.update(grads, tx.init(values), values)
+    before = as_torch(name, kernel)
+    kept = before * (len(before) ** 0.5 / np.linalg.norm(before))
+    after = as_torch(name, kernel + updates["attention"][name]["kernel"])
+    np.testing.assert_allclose(after, kept - 0.1 * newton_schulz(grad, 3), atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(40, 8), (8, 40), (12, 12)])
 def test_singular_values_come_near_one_and_vectors_stay(shape, x64):
     matrix = jnp.asarray(np.random.default_rng(1).normal(size=shape))

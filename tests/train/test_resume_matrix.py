@@ -55,7 +55,7 @@ def leg(folder, until, **options):
     """Go on to a step and save; what was seen on the way, and the state on the host."""
     strategy, make_state, step = compiled(**options)
     with Checkpoints(folder) as checkpoints:
-        state, _, _ = checkpoints.restore_latest(strategy.abstract(make_state))
+        state, _, _ = tiny.restore_latest(checkpoints, strategy.abstract(make_state))
         state = strategy.init(make_state) if state is None else state
         seen = []
         for i in range(int(state.step), until):

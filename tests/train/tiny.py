@@ -91,3 +91,9 @@ def relative_difference(a, b) -> float:
 def learnt(state):
     """What training changed, without the key and the counters."""
     return state.params, state.model_state, state.opt_state
+
+
+def restore_latest(checkpoints, abstract):
+    """`(state, manifest, lines)` of the newest whole step, or Nones, as a run that goes on takes it."""
+    step, lines = checkpoints.newest_whole()
+    return (None, None, lines) if step is None else (*checkpoints.restore(step, abstract), lines)
