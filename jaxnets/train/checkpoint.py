@@ -331,7 +331,8 @@ class Checkpoints:
         try:
             if folder.exists():
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            files.make_folders(self.folder)
+            folder.mkdir()
         except OSError as error:
             raise self._failed(step, self._why(error)) from error
         return True
@@ -371,7 +372,7 @@ class Checkpoints:
 
     def _complete(self, record: Manifest, parts: Sequence[Mapping[str, tuple[int, str]]]) -> None:
         folder = self._path(record.step)
-        for path in folder.rglob("*/"):
+        for path in (folder, *folder.rglob("*/")):
             files.sync(path)
         written = {name: found for part in parts for name, found in sorted(part.items())}
         manifest.write_manifest(folder, dataclasses.replace(record, files=written))
