@@ -323,6 +323,7 @@ class Checkpoints:
                 hosts.say(f"warning: {manifest.damaged(step, folder / MANIFEST)}; it is kept as {aside}")
             elif folder.exists():
                 step_folder.remove(folder)
+            files.make_folders(self.folder)
             step_folder.make(folder)
         except OSError as error:
             raise self._failed(step, self._why(error)) from error
@@ -368,7 +369,7 @@ class Checkpoints:
 
     def _complete(self, record: Manifest, parts: Sequence[Mapping[str, tuple[int, str]]]) -> None:
         folder = self._path(record.step)
-        for path in folder.rglob("*/"):
+        for path in (folder, *folder.rglob("*/")):
             files.sync(path)
         written = {name: found for part in parts for name, found in sorted(part.items())}
         manifest.write_manifest(folder, dataclasses.replace(record, files=written))

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and what they hold."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -26,6 +27,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it; one that is new here would survive a power cut."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        with contextlib.suppress(PermissionError):  # one above that may be written and not read
+            sync(each.parent)
 
 
 def digest(path: Path, *, piece: int | None = PIECE) -> str:

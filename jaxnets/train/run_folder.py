@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxnets import config, errors
 from jaxnets.train import hosts
-from jaxnets.train.files import write_atomically
+from jaxnets.train.files import make_folders, sync, write_atomically
 from jaxnets.train.folder_lock import LOCK, NOW, locked
 from jaxnets.train.verdict import by_first, together
 
@@ -104,7 +104,7 @@ def _open(
 ) -> None:
     try:
         _check_kind(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         stack.enter_context(locked(folder))
         _probe(folder)
     except OSError as error:
@@ -207,8 +207,9 @@ def _move_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    aside.mkdir()
+    make_folders(aside)
     # The config goes last: a kill in between leaves a folder that is still this run's.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
         if path.name != LOCK:
             path.rename(aside / path.name)
+    sync(aside)

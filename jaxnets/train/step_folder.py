@@ -23,8 +23,8 @@ _DAMAGED = ".damaged"
 
 
 def make(folder: Path) -> None:
-    """Make the folder of a step, in which nothing is yet."""
-    folder.mkdir(parents=True)
+    """Make the folder of a step, in which nothing is yet; the one above it is there."""
+    folder.mkdir()
     (folder / UNFINISHED).touch()
 
 

@@ -53,6 +53,7 @@ def test_what_a_kill_leaves_is_a_step_or_can_go(work, tmp_path, monkeypatch):
     folder, after, seen = tmp_path / "c" / "00000001", 0, set()
     while True:
         shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.parent.mkdir()
         if work is step_folder.remove:
             save(folder)
         if not broken_off(monkeypatch, lambda: work(folder), after):
