@@ -16,7 +16,7 @@ from typing import Any
 
 import jaxlib.version
 
-from jaxnets import agreement, defects, errors, registry, runner, startup
+from jaxnets import agreement, defects, errors, memory, registry, runner, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
@@ -204,6 +204,7 @@ def _train(
         watchdog.Watchdog(
             options.watchdog_s, limits={"step": options.watchdog_s * options.steps_per_call}
         ) as dog,
+        memory.explained(recipe, strategy),
     ):
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
         result = runner.train(
@@ -271,8 +272,11 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path
         raise errors.unknown("checkpoint", chosen, ("latest", "best", "the number of a step"))
     if step is None:
         raise errors.CheckpointError(f"{folder} has no {chosen} checkpoint yet")
-    state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
-    with watchdog.Watchdog(options.watchdog_s) as dog:
+    with (
+        watchdog.Watchdog(options.watchdog_s) as dog,
+        memory.explained(recipe, strategy, is_training=False),
+    ):
+        state, _ = checkpoints.restore(step, strategy.abstract(runner.make_state(recipe)))
         evaluated = make_evaluator(recipe, strategy, options, beat=dog.beat)(state)
     if hosts.is_first():
         print(json.dumps({"step": step, "eval": evaluated}))

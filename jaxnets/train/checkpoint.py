@@ -228,7 +228,11 @@ class Checkpoints:
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
         # A NumPy view of a CPU array is the array's own memory, which the next step writes over.
-        copy = jax.block_until_ready(_copy(_as_dict(state)))
+        try:
+            copy = jax.block_until_ready(_copy(_as_dict(state)))
+        except Exception:  # the device has no memory for it
+            shutil.rmtree(self._path(step), ignore_errors=True)
+            raise
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)
