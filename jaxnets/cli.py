@@ -189,7 +189,7 @@ def _train(
     if options.keep_best < 1:
         raise errors.ConfigError(f"keep_best is {options.keep_best}; the best checkpoint is always kept")
     recipe, strategy, usages = _prepared(experiment, config, options)
-    agreement.check_data(recipe)
+    agreement.check_data(recipe, options.max_unreadable)
     _warn_of_defects(strategy)
     opened = run_folder.open_run(
         folder,
