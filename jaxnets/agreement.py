@@ -40,15 +40,20 @@ def check_start(config: Mapping[str, Any], options: RunOptions, make_recipe: Cal
     hosts.agree("code", _code(make_recipe, options))
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(recipe: Recipe, max_unreadable: int = 0) -> None:
     """Compare the data, by a checksum of arrays and by a few examples of a source.
+
+    Args:
+        recipe: whose data.
+        max_unreadable: how many training examples may be left out.
 
     Raises:
         ConfigError: on every process, naming what differs.
     """
     if hosts.count() == 1:
         return
-    hosts.agree("data", {"train": _data(recipe.train), "test": _data(recipe.test)}, timeout_s=_LONG_S)
+    found = {"train": _data(recipe.train, max_unreadable), "test": _data(recipe.test)}
+    hosts.agree("data", found, timeout_s=_LONG_S)
 
 
 def _code(make_recipe: Callable[..., Any], options: RunOptions) -> dict[str, str]:
@@ -74,12 +79,13 @@ def _digest(path: Path) -> str:
         return "unknown"
 
 
-def _data(data: Any) -> str:
+def _data(data: Any, max_unreadable: int = 0) -> str:
     size = count_examples(data)
     if isinstance(data, Mapping):
         return f"{size} examples, {_checksum(data)}"
     shown = sorted({0, size // 2, size - 1})
-    return f"{size} examples, {', '.join(_checksum(row_of(data, i)) for i in shown)}"
+    sums = [_checksum(row_of(data, i, max_unreadable)) for i in shown]
+    return f"{size} examples, {', '.join(sums)}"
 
 
 def _checksum(arrays: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jaxlib.version
 
-from jaxnets import agreement, defects, errors, registry, resume, runner, startup
+from jaxnets import agreement, defects, errors, memory, registry, resume, runner, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
@@ -189,7 +189,7 @@ def _train(
     if options.keep_best < 1:
         raise errors.ConfigError(f"keep_best is {options.keep_best}; the best checkpoint is always kept")
     recipe, strategy, usages = _prepared(experiment, config, options)
-    agreement.check_data(recipe)
+    agreement.check_data(recipe, options.max_unreadable)
     _warn_of_defects(strategy)
     opened = run_folder.open_run(
         folder,
@@ -204,6 +204,7 @@ def _train(
         watchdog.Watchdog(
             options.watchdog_s, limits={"step": options.watchdog_s * options.steps_per_call}
         ) as dog,
+        memory.explained(recipe, strategy),
     ):
         on_start = partial(run_folder.write_config, folder, experiment.name, values)
         result = runner.train(
@@ -263,8 +264,11 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path
     agreement.check_data(recipe)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
     abstract = strategy.abstract(runner.make_state(recipe))
-    step, state = resume.read(checkpoints, options.checkpoint, abstract)
-    with watchdog.Watchdog(options.watchdog_s) as dog:
+    with (
+        watchdog.Watchdog(options.watchdog_s) as dog,
+        memory.explained(recipe, strategy, is_training=False),
+    ):
+        step, state = resume.read(checkpoints, options.checkpoint, abstract)
         evaluated = make_evaluator(recipe, strategy, options, beat=dog.beat)(state)
     if hosts.is_first():
         print(json.dumps({"step": step, "eval": evaluated}))

@@ -67,6 +67,9 @@ class RunOptions:
     """Processes that read streamed data; 0 reads it in threads of this one."""
     prefetch: int = 4
     """Batches of streamed data that are read ahead."""
+    max_unreadable: int = 0
+    """How many examples of streamed training data that can't be read are left out, over the whole run;
+    one more ends it. Evaluation leaves out none."""
     max_resident_gb: float = 4.0
     """How much data may be kept on each device, in gigabytes."""
     cache_programs: bool = True

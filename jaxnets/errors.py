@@ -41,6 +41,10 @@ class NonFiniteError(UserError):
         self.step, self.index, self.state = step, index, state
 
 
+class DeviceMemoryError(UserError):
+    """A device has too little memory for the model and its batch."""
+
+
 class HostError(UserError):
     """Another process of the run is gone, or doesn't answer."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
+from jaxnets.data.sources import read_example
 from jaxnets.feed import feed, resident
 from jaxnets.recipe import Recipe, count_examples
 from jaxnets.report import draw_predictions
@@ -83,9 +84,11 @@ def keep_predictions(
     draw_predictions(folder)
 
 
-def row_of(data: Any, i: int) -> Mapping[str, Any]:
-    """The i-th example of arrays or of a source."""
-    return {name: x[i] for name, x in data.items()} if isinstance(data, Mapping) else data[i]
+def row_of(data: Any, i: int, max_unreadable: int = 0) -> Mapping[str, Any]:
+    """The i-th example of arrays or of a source, or the next that can be read, if so many may not."""
+    if isinstance(data, Mapping):
+        return {name: x[i] for name, x in data.items()}
+    return read_example(data, i, max_unreadable)[0]
 
 
 def _test_batches(recipe: Recipe, strategy: Strategy) -> Batches:

@@ -2,13 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.data import Arrays, Batches, Part, Stream
 from jaxnets.recipe import Recipe
+from jaxnets.train import hosts
 from jaxnets.train.loop import Clock
 from jaxnets.train.prefetch import Prefetch
 from jaxnets.train.sharding import Strategy
@@ -37,7 +39,7 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     Raises:
         ConfigError: if so.
     """
-    for name in ("num_workers", "prefetch"):
+    for name in ("num_workers", "prefetch", "max_unreadable"):
         if getattr(options, name) < 0:
             raise errors.ConfigError(f"{name} is {getattr(options, name)}; it must be at least 0")
     num_steps = options.steps_per_call
@@ -70,6 +72,7 @@ def feed(
     draws: Batches,
     strategy: Strategy,
     options: RunOptions,
+    unreadable: "Unreadable | None" = None,
 ) -> Iterator[Indexed]:
     """What the loop draws from: the draws alone for resident data, otherwise batches on the devices.
 
@@ -78,6 +81,7 @@ def feed(
         draws: which examples each batch holds.
         strategy: on which devices.
         options: `stream`, `num_workers` and `prefetch` count.
+        unreadable: of examples that may be left out; by default none may.
     """
     if resident(data, options) is not None:
         yield draws
@@ -85,9 +89,80 @@ def feed(
     source = Arrays(data) if isinstance(data, Mapping) else data
     rows = tuple(strategy.rows(draws.batch_size).tolist())
     mine = draws if len(rows) == draws.batch_size else Part(draws, rows)
-    stream = Stream(source, mine, num_workers=options.num_workers, prefetch=options.prefetch)
+    unreadable = unreadable or Unreadable(0)
+    stream = Stream(
+        source,
+        mine,
+        num_workers=options.num_workers,
+        prefetch=options.prefetch,
+        max_unreadable=unreadable.limit,
+        on_unreadable=unreadable.note,
+    )
     with Prefetch(stream, strategy.put_batch, depth=min(options.prefetch, _ON_DEVICE)) as batches:
         yield batches
+
+
+class Unreadable:
+    """The training examples that can't be read and are left out.
+
+    It is a hook: what it counts is of the steps that are done, whatever was read ahead. So a run that
+    goes on counts as one that was never broken off.
+
+    Args:
+        limit: how many there may be; with 0 each is an error where it is read.
+        known: those that were found before.
+        step: the step that the run goes on from.
+    """
+
+    def __init__(self, limit: int, known: Iterable[int] = (), *, step: int = 0):
+        self.limit = limit
+        self._known = set(known)
+        self._step = step
+        self._found: dict[int, set[int]] = {}  # by batch
+        self._told: set[int] = set()
+
+    def __call__(self, step: int, state: Any, metrics: Any) -> None:
+        """Count to this step."""
+        self._step = step
+
+    def note(self, i: int, found: Mapping[int, str]) -> None:
+        """Tell of those in batch i that weren't told of yet.
+
+        Raises:
+            DataError: if there are more than may be.
+        """
+        self._found[i] = set(found)
+        for example in sorted(found.keys() - self._told):
+            self._told.add(example)
+            line = f"warning: training example {example} is left out: {found[example]}"
+            print(line, file=sys.stderr, flush=True)
+        self._check(self._known.union(*self._found.values()))
+
+    def examples(self) -> list[int]:
+        """Those in the steps that are done, of all processes; every process must ask.
+
+        Raises:
+            DataError: if there are more than may be.
+        """
+        if not self.limit:
+            return sorted(self._known)
+        done = list(self._found.items())  # another thread adds to it
+        mine = self._known.union(*(found for i, found in done if i < self._step))
+        everyone = set().union(*hosts.gather("feed/unreadable", sorted(mine)))
+        self._check(everyone)
+        return sorted(everyone)
+
+    def row(self) -> dict[str, int]:
+        """Their number, for the record of metrics; nothing where none may be."""
+        return {"unreadable": len(self.examples())} if self.limit else {}
+
+    def _check(self, found: set[int]) -> None:
+        if len(found) > self.limit:
+            raise errors.DataError(
+                f"{len(found)} training examples can't be read, more than the {self.limit} of "
+                f"--max-unreadable: {', '.join(map(str, sorted(found)[:8]))}"
+                f"{', ...' if len(found) > 8 else ''}; the lines above say why"
+            )
 
 
 def advice(clock: Clock, options: RunOptions) -> str | None:

@@ -20,7 +20,7 @@ from jaxnets import errors, resume
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches
 from jaxnets.evaluation import keep_predictions, make_evaluator, row_of
-from jaxnets.feed import advice, check_feed, feed, resident
+from jaxnets.feed import Unreadable, advice, check_feed, feed, resident
 from jaxnets.recipe import Recipe
 from jaxnets.report import draw_curves
 from jaxnets.train import checkpoint, files, hooks, hosts, program_cache, sharding
@@ -55,7 +55,8 @@ def check_recipe(
         ConfigError: if the batch doesn't divide, a number is out of range, the model doesn't fit the
             data or what a stage makes of it, or the data is more than may be kept on a device.
     """
-    check_feed(recipe, options or RunOptions())
+    options = options or RunOptions()
+    check_feed(recipe, options)
     uses_health(recipe.on_nonfinite, recipe.max_spike)
     parts = "shards of the fixed order" if strategy.virtual_shards else "devices"
     sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate, parts=parts)
@@ -72,7 +73,7 @@ def check_recipe(
     begins = [0, *(begin for begin, _ in recipe.stages), recipe.num_steps]
     if recipe.stages and any(a >= b for a, b in itertools.pairwise(begins)):
         raise errors.ConfigError(f"stages must begin one after another within the run, not at {begins}")
-    return _usages(recipe, state)
+    return _usages(recipe, state, options.max_unreadable)
 
 
 def make_state(recipe: Recipe) -> Callable[[], TrainState]:
@@ -139,6 +140,7 @@ def train(
         say(_what_runs(folder, strategy))
         log = MetricsLog(folder, step=first)
         schedule = _Schedule(recipe, options)
+        left_out = Unreadable(options.max_unreadable, spent.get("unreadable", ()), step=first)
         evaluate = make_evaluator(recipe, strategy, options, should_stop=stop.is_due, beat=watchdog.beat)
         evaluation = hooks.Evaluate(watchdog.around("evaluate", evaluate), log, schedule.is_eval_due)
         early = hooks.StopEarly(log, recipe.monitor, recipe.patience, recipe.maximize)
@@ -162,7 +164,8 @@ def train(
         def progress() -> dict[str, Any]:
             # A step that was saved before its evaluation was done is evaluated when the run goes on.
             is_pending = evaluation.pending is not None
-            return resume.add(spent, clock, recipe, options) | {"eval_pending": is_pending}
+            total = resume.add(spent, clock, recipe, options) | {"eval_pending": is_pending}
+            return total | {"unreadable": left_out.examples()}
 
         saving = hooks.SaveCheckpoint(
             checkpoints,
@@ -217,7 +220,7 @@ def train(
         )
         try:
             with (
-                feed(recipe.train, draws, strategy, options) as batches,
+                feed(recipe.train, draws, strategy, options, left_out) as batches,
                 hooks.ShowProgress(
                     num_steps,
                     recipe.batch_size,
@@ -235,6 +238,7 @@ def train(
                     num_steps,
                     recipe.num_examples / recipe.batch_size,
                     recipe.learning_rate,
+                    left_out.row,
                 )
                 reason = None
                 if not early.is_over():  # or the run ended here before
@@ -244,6 +248,7 @@ def train(
                         batches,
                         hooks=[
                             stop.note,
+                            left_out,
                             measure,
                             writing,
                             evaluation,
@@ -301,6 +306,7 @@ def train(
         "mfu": None if used is None else round(used, 5),
         "flops_per_example": round(usage.flops_per_example),
         "peak_flops": None if (most := peak()) is None else round(most),
+        "unreadable": len(totals["unreadable"]) if arrays is None else None,
         "data_wait_share": round(totals["data_seconds"] / seconds, 4) if seconds else None,
     }
     evaluated = {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
@@ -427,13 +433,13 @@ class _Schedule:
         return self.recipe.num_positions % self.recipe.batch_size != 0
 
 
-def _usages(recipe: Recipe, state: TrainState) -> dict[int, Usage]:
+def _usages(recipe: Recipe, state: TrainState, max_unreadable: int) -> dict[int, Usage]:
     size = recipe.batch_size
     rows = {"index": np.int32, "position": np.uint32, "mask": np.bool_}
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in rows.items()}
     data = {
         name: jax.ShapeDtypeStruct((size, *np.shape(x)), np.asarray(x).dtype)
-        for name, x in row_of(recipe.train, 0).items()
+        for name, x in row_of(recipe.train, 0, max_unreadable).items()
     }
     batch |= data | ({"partner": data | {"index": batch["index"]}} if recipe.partners else {})
     usages = {}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from PIL import Image
 from experiments import cifar10
 from jaxnets import cli, errors, feed, runner
 from jaxnets.config import RunOptions
-from jaxnets.data import Arrays, image_folder
+from jaxnets.data import Arrays, Batches, Stream, image_folder, take
+from jaxnets.data.sources import read_rows_leaving_out
 from jaxnets.train import Checkpoints, Clock, make_strategy
 from jaxnets.train.preemption import StopOnSignal
 
@@ -254,7 +256,101 @@ def test_more_data_than_may_be_kept_is_refused(data):
     assert feed.resident(Arrays(resident.train), RunOptions()) is None
 
 
-@pytest.mark.parametrize("flag", ["--num-workers", "--prefetch"])
+@pytest.fixture
+def spoiled(data, tmp_path):
+    """The same set with two images that can't be read, one of them the first."""
+    shutil.copytree(data, tmp_path / "spoiled")
+    for name in ("c0/00.png", "c2/07.png"):
+        path = tmp_path / "spoiled" / "blobs" / "train" / name
+        path.write_bytes(path.read_bytes()[:40])
+    return tmp_path / "spoiled"
+
+
+def skipping(train, spoiled, folder, *words):
+    return train(folder, "--epochs=2", f"--data-dir={spoiled}", "--max-unreadable=2", *words)
+
+
+def test_images_that_are_left_out_are_counted_and_the_run_is_the_same_with_any_workers(
+    train, spoiled, tmp_path, capsys
+):
+    """In main, in a worker, and broken off and gone on with, where the flag may change."""
+    assert skipping(train, spoiled, "main") == 0
+    err = capsys.readouterr().err
+    told = [line for line in err.splitlines() if "is left out" in line]
+    assert len(told) == 2  # once, though there are two epochs
+    for example, name in ((0, "c0/00.png"), (57, "c2/07.png")):
+        (line,) = [x for x in told if x.startswith(f"warning: training example {example} is left out: ")]
+        assert f"train/{name}: can't be read as an image" in line
+    rows = [json.loads(x) for x in (tmp_path / "main" / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["unreadable"] for row in rows if "loss" in row]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (counts[0], 2)
+    assert json.loads((tmp_path / "main" / "result.json").read_text())["unreadable"] == 2
+    assert skipping(train, spoiled, "broken", "--steps=8", "--num-workers=1") == 0
+    assert skipping(train, spoiled, "broken", "--num-workers=2", "--max-unreadable=7") == 0
+    assert records(tmp_path / "broken") == records(tmp_path / "main")
+    recipe = recipe_of(spoiled, steps=1)
+    one, two = (parameters(tmp_path / folder, recipe) for folder in ("broken", "main"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.parametrize("words", [(), ("--num-workers=2",)])
+def test_more_images_than_may_be_left_out_end_the_run(train, spoiled, capsys, words):
+    assert skipping(train, spoiled, "r", "--max-unreadable=1", *words) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert (
+        "error: 2 training examples can't be read, more than the 1 of --max-unreadable: 0, 57" in err[-1]
+    )
+
+
+def test_what_is_left_out_has_no_weight(data, spoiled):
+    """The row keeps its place: gradients are those of the other rows, whatever stands in it."""
+    source = recipe_of(spoiled).train
+    batches = Batches(100, 10, 100, shuffle=False)
+    told = []
+    with Stream(
+        source, batches, max_unreadable=2, on_unreadable=lambda i, found: told.append((i, list(found)))
+    ) as stream:
+        for i in range(10):
+            batch, whole = stream[i], take(in_memory(recipe_of(data).train), batches[i])
+            bad = [example in (0, 57) for example in batch["index"]]
+            assert batch["index"].tolist() == whole["index"].tolist()
+            assert batch["mask"].tolist() == [not x for x in bad]
+            for name in ("image", "label"):
+                np.testing.assert_array_equal(batch[name][batch["mask"]], whole[name][batch["mask"]])
+    assert told == [(0, [0]), (5, [57])]
+    np.testing.assert_array_equal(stream_row(source, 57), source[58]["image"])
+
+
+def stream_row(source, i):
+    return read_rows_leaving_out(source, [i], 2)[0]["image"][0]
+
+
+def test_evaluation_leaves_out_none(train, spoiled, capsys, tmp_path):
+    path = spoiled / "blobs" / "test" / "c1" / "03.png"
+    path.write_bytes(b"")
+    assert skipping(train, spoiled, "r", "--max-unreadable=9") == 2
+    assert "test/c1/03.png: can't be read as an image" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "r" / "result.json").exists()
+
+
+def test_examples_are_counted_as_far_as_steps_are_done(capsys):
+    """Not as far as batches were read ahead."""
+    left_out = feed.Unreadable(3, [4], step=2)
+    left_out.note(2, {7: "why"})
+    left_out.note(3, {4: "why", 9: "why"})
+    assert [left_out.examples(), left_out.row()] == [[4], {"unreadable": 1}]
+    left_out(3, None, None)
+    assert left_out.examples() == [4, 7]
+    left_out(4, None, None)
+    assert left_out.examples() == [4, 7, 9]
+    with pytest.raises(errors.DataError, match=r"4 training examples .* the 3 of .*: 4, 5, 7, 9;"):
+        left_out.note(4, {5: "why"})
+    assert capsys.readouterr().err.count("example 4 ") == 1
+    assert feed.Unreadable(0).row() == {}
+
+
+@pytest.mark.parametrize("flag", ["--num-workers", "--prefetch", "--max-unreadable"])
 def test_numbers_that_cannot_be(train, capsys, flag, tmp_path):
     assert train("r", f"{flag}=-1") == 2
     assert "must be at least 0" in capsys.readouterr().err

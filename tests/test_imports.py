@@ -39,6 +39,7 @@ ROWS = {
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,
     "jaxnets.runner": 5,
+    "jaxnets.memory": 5.5,
     "jaxnets.launch": 5,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,

@@ -192,9 +192,74 @@ def read_rows(source: Source, index: Sequence[int] | np.ndarray) -> dict[str, np
     """
     if isinstance(source, _Takes):
         return dict(source.take(np.asarray(index)))
-    numbers = [int(i) for i in index]
     # A padded row repeats example 0: read it once.
-    read = {i: {name: np.asarray(x) for name, x in source[i].items()} for i in dict.fromkeys(numbers)}
+    return _stack([int(i) for i in index], {i: source[i] for i in dict.fromkeys(map(int, index))})
+
+
+def read_rows_leaving_out(
+    source: Source, index: Sequence[int] | np.ndarray, max_unreadable: int
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """The same of a source of which some examples can't be read.
+
+    Args:
+        source: the examples.
+        index: `[B]`.
+        max_unreadable: how many such there may be.
+
+    Returns:
+        `{name: [B, ...]}`, and why which examples couldn't be read. In their place is the next one that
+        can be: what it holds follows from the source alone, and is to be masked.
+
+    Raises:
+        DataError: as above, or if more examples in a row than that can't be read.
+    """
+    numbers = [int(i) for i in index]
+    if isinstance(source, _Takes):
+        try:
+            return read_rows(source, index), {}
+        except Exception:  # of which example isn't known
+            pass
+    read: dict[int, Mapping[str, Any]] = {}
+    unreadable: dict[int, str] = {}
+    for i in dict.fromkeys(numbers):
+        read[i], why = read_example(source, i, max_unreadable)
+        if why is not None:
+            unreadable[i] = why
+    return _stack(numbers, read), unreadable
+
+
+def read_example(
+    source: Source, i: int, max_unreadable: int = 0
+) -> tuple[Mapping[str, Any], str | None]:
+    """The i-th example and None, or the next one that can be read and why the i-th can't.
+
+    Args:
+        source: the examples.
+        i: which.
+        max_unreadable: with 0 what reading the example raises is raised.
+
+    Raises:
+        DataError: if more examples in a row than that can't be read.
+    """
+    why = None
+    for k in range(max_unreadable + 1):
+        try:
+            return source[(i + k) % len(source)], why
+        except MemoryError:
+            raise
+        except Exception as error:
+            if not max_unreadable:
+                raise
+            is_ours = isinstance(error, errors.UserError)
+            why = why or str(error if is_ours else f"{type(error).__name__}: {error}").splitlines()[0]
+    raise errors.DataError(
+        f"{max_unreadable + 1} examples in a row can't be read, more than the {max_unreadable} that may "
+        f"be left out; the first, example {i}: {why}"
+    )
+
+
+def _stack(numbers: Sequence[int], found: Mapping[int, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    read = {i: {name: np.asarray(x) for name, x in row.items()} for i, row in found.items()}
     first = _spec(read[numbers[0]])
     for i, example in read.items():
         if _spec(example) != first:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -44,6 +44,11 @@ class Stream:
             process do.
         prefetch: how many batches are read ahead, over all workers; each has at least one. With 0 and
             no workers a batch is read when it is asked for.
+        max_unreadable: leave out so many examples that can't be read: they keep their places in the
+            batches, where `mask` is False and the arrays hold another example. With 0 such an example
+            is an error.
+        on_unreadable: `on_unreadable(i, {example: why})` is called before the i-th batch is given away,
+            if any of its examples can't be read. What it raises is raised in place of the batch.
 
     Raises:
         ConfigError: if a number is negative, or the batches are of another number of examples.
@@ -58,9 +63,21 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, batches: Batches | Part, *, num_workers: int = 0, prefetch: int = 2
+        self,
+        source: Source,
+        batches: Batches | Part,
+        *,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        max_unreadable: int = 0,
+        on_unreadable: Callable[[int, Mapping[int, str]], None] = lambda i, found: None,
     ):
-        for name, value in (("num_workers", num_workers), ("prefetch", prefetch)):
+        numbers = {
+            "num_workers": num_workers,
+            "prefetch": prefetch,
+            "max_unreadable": max_unreadable,
+        }
+        for name, value in numbers.items():
             if value < 0:
                 raise errors.ConfigError(f"{name} is {value}; it must be at least 0")
         if len(source) != batches.num_examples:
@@ -71,6 +88,7 @@ class Stream:
             raise errors.ConfigError("a stream reads no partners to mix with: keep the data in memory")
         self.source, self.batches = source, batches
         self.num_workers, self.prefetch = num_workers, prefetch
+        self.max_unreadable, self._on_unreadable = max_unreadable, on_unreadable
         self._lock = threading.Lock()
         self._reader: _Threads | _Processes | None = None
         self._next = -1
@@ -100,9 +118,13 @@ class Stream:
                 self._stop()
                 raise
             self._next = i + 1
-        if taken := sorted(rows.keys() & draw.keys()):
+        if taken := sorted(rows.arrays.keys() & draw.keys()):
             raise errors.ConfigError(f"arrays can't be called {', '.join(taken)}: the draw has these")
-        return rows | draw
+        if rows.unreadable:
+            self._on_unreadable(i, rows.unreadable)
+            is_left_out = np.isin(draw["index"], list(rows.unreadable))
+            draw = {**draw, "mask": draw["mask"] & ~is_left_out}
+        return dict(rows.arrays) | draw
 
     def __enter__(self) -> "Stream":
         return self
@@ -132,7 +154,8 @@ class Stream:
     def _restart(self, first: int) -> None:
         self._stop()
         ahead = -(-self.prefetch // max(self.num_workers, 1))
-        job = worker.Job(self.source, self.batches, first, 1, min(ahead, _MAX_THREADS), ahead)
+        threads = min(ahead, _MAX_THREADS)
+        job = worker.Job(self.source, self.batches, first, 1, threads, ahead, self.max_unreadable)
         self._reader = _Processes(job, self.num_workers) if self.num_workers else _Threads(job)
 
 
@@ -144,7 +167,7 @@ class _Threads:
     def __init__(self, job: worker.Job):
         self._rows = worker.read_ahead(job)
 
-    def read(self, i: int) -> dict[str, np.ndarray]:
+    def read(self, i: int) -> worker.Rows:
         try:
             return next(self._rows)
         except errors.UserError:
@@ -180,7 +203,7 @@ class _Processes:
                 process.stdin.write(worker.frame(content))
                 process.stdin.flush()  # and stays open: its end ends the worker
 
-    def read(self, i: int) -> dict[str, np.ndarray]:
+    def read(self, i: int) -> worker.Rows:
         for k, process in enumerate(self.processes):
             if process.poll():  # those that are done return 0
                 raise self._death(k, i)

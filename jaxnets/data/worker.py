@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxnets import errors
 from jaxnets.data.batches import Batches, Part
-from jaxnets.data.sources import Source, read_rows
+from jaxnets.data.sources import Source, read_rows, read_rows_leaving_out
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a terminal or a supervisor sends to a whole group, blocked while a worker starts."""
@@ -43,6 +43,14 @@ class Job(NamedTuple):
     step: int
     num_threads: int
     ahead: int  # batches
+    max_unreadable: int = 0
+
+
+class Rows(NamedTuple):
+    """What was read of a batch: `{name: [B, ...]}`, and why which examples couldn't be."""
+
+    arrays: Mapping[str, np.ndarray]
+    unreadable: Mapping[int, str]
 
 
 class _Rows:
@@ -54,12 +62,15 @@ class _Rows:
     def __len__(self) -> int:
         return len(range(self._job.first, len(self._job.batches), self._job.step))
 
-    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, k: int) -> Rows:
         job = self._job
-        return read_rows(job.source, job.batches[job.first + int(k) * job.step]["index"])
+        index = job.batches[job.first + int(k) * job.step]["index"]
+        if not job.max_unreadable:
+            return Rows(read_rows(job.source, index), {})
+        return Rows(*read_rows_leaving_out(job.source, index, job.max_unreadable))
 
 
-def read_ahead(job: Job) -> Iterator[dict[str, np.ndarray]]:
+def read_ahead(job: Job) -> Iterator[Rows]:
     """The rows of a job's batches in order, read by Grain's threads ahead of their use."""
     grain = _import_grain()
     options = grain.ReadOptions(
@@ -101,16 +112,17 @@ def main(write_fd: int, parent: int) -> None:
     os._exit(0)  # at once: Grain's threads may be in the middle of batches that nobody wants
 
 
-def send_rows(pipe: BinaryIO, rows: Mapping[str, np.ndarray]) -> None:
+def send_rows(pipe: BinaryIO, rows: Rows) -> None:
     """Write a batch; the other end is `receive_rows`."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in rows.items()}
-    _send(pipe, {name: (array.dtype, array.shape) for name, array in arrays.items()})
+    arrays = {name: np.ascontiguousarray(array) for name, array in rows.arrays.items()}
+    spec = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    _send(pipe, (spec, rows.unreadable))
     for array in arrays.values():
         if array.size:
             _write(pipe, array.reshape(-1).view(np.uint8).data)
 
 
-def receive_rows(pipe: BinaryIO) -> dict[str, np.ndarray]:
+def receive_rows(pipe: BinaryIO) -> Rows:
     """Read a batch.
 
     Raises:
@@ -124,11 +136,12 @@ def receive_rows(pipe: BinaryIO) -> dict[str, np.ndarray]:
         if notes:
             error.add_note(notes)
         raise error
-    rows = {name: np.empty(shape, kind) for name, (kind, shape) in header.items()}
-    for array in rows.values():
+    spec, unreadable = header
+    arrays = {name: np.empty(shape, kind) for name, (kind, shape) in spec.items()}
+    for array in arrays.values():
         if array.size:
             read_into(pipe, array.reshape(-1).view(np.uint8).data)
-    return rows
+    return Rows(arrays, unreadable)
 
 
 def read_into(pipe: BinaryIO, view: memoryview) -> None:

@@ -216,7 +216,12 @@ class Checkpoints:
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
         # Orbax would copy it too, but not on a CPU: the next step would write over what is being saved.
-        copy = copied_to_host(_as_dict(state))
+        try:
+            copy = copied_to_host(_as_dict(state))
+        except Exception:  # there is no memory for it
+            with contextlib.suppress(OSError):
+                step_folder.remove(self._path(step))
+            raise
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)

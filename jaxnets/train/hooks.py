@@ -28,6 +28,7 @@ class LogMetrics:
         num_steps: of the whole run.
         steps_per_epoch: to say in which epoch a step lies.
         learning_rate: `learning_rate(step)` of the step that is numbered so from 0; None if unknown.
+        more: `more()` is written beside.
     """
 
     log: MetricsLog
@@ -35,6 +36,7 @@ class LogMetrics:
     num_steps: int
     steps_per_epoch: float
     learning_rate: Callable[[int], float] | None = None
+    more: Callable[[], Mapping[str, float]] = dict
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Write if this is such a step."""
@@ -44,7 +46,7 @@ class LogMetrics:
                 # The optimizer's schedule waits for steps that are skipped.
                 applied = step - 1 - int(row.get("skipped") or 0)
                 row["learning_rate"] = float(self.learning_rate(max(applied, 0)))
-            self.log.write(step, row)
+            self.log.write(step, row | dict(self.more()))
 
 
 @dataclasses.dataclass

@@ -2,7 +2,8 @@
 
 `metrics.jsonl` is the record; it holds no times, so that two runs which compute the same write the
 same bytes. `metrics.csv` is the same as a table, and both are cut back to the restored step when a run
-is resumed. TensorBoard hides by itself what a resumed run wrote before.
+is resumed. TensorBoard hides by itself what a resumed run wrote before. The first two are the record:
+a run that can't write it ends; without events it goes on.
 
 Of several processes the first one writes; all keep the rows, which are the same.
 """
@@ -17,10 +18,11 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jaxnets import errors
 from jaxnets.train import hosts
+from jaxnets.train.events import Events
 from jaxnets.train.files import write_atomically
 from jaxnets.train.verdict import by_first
 
@@ -40,8 +42,8 @@ class MetricsLog:
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
         self._columns: list[str] = []
         self.rows: list[Row] = []
-        self._folder, self._step = folder, step
-        self._events: Any = None
+        self._step = step
+        self._events = Events(folder / "tensorboard", step)
         size, digest = by_first("metrics/cut", self._cut)
         if hosts.is_first():
             self._lines: IO[str] = self._jsonl.open("a")
@@ -72,9 +74,7 @@ class MetricsLog:
             self._table = self._csv.open("a", newline="")
         self._lines.write(_line(row))
         self._lines.flush()
-        self._events = self._events or self._open_events()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.add(step, values)
 
     def sync(self) -> None:
         """Make sure that even a power cut loses none of the rows so far."""
@@ -83,8 +83,7 @@ class MetricsLog:
         for file in (self._lines, self._table):
             file.flush()
             os.fsync(file.fileno())
-        if self._events:
-            self._events.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Sync and close the files."""
@@ -93,15 +92,7 @@ class MetricsLog:
             return
         self._lines.close()
         self._table.close()
-        if self._events:
-            self._events.close()
-
-    def _open_events(self) -> Any:
-        # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only
-        # with the first row, so that the first step need not wait for it.
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
+        self._events.close()
 
     def _rewrite_table(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]

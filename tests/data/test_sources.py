@@ -10,7 +10,9 @@ from jaxnets.data.sources import (
     Arrays,
     decode_example,
     encode_example,
+    read_example,
     read_rows,
+    read_rows_leaving_out,
     write_array_records,
 )
 
@@ -139,3 +141,41 @@ def test_array_records_that_cannot_be_read(tmp_path):
         with pytest.raises(errors.DataError, match=message) as caught:
             ArrayRecords(paths)
         assert "\n" not in str(caught.value)
+
+
+class Holes:
+    """Examples of which some can't be read; `take` reads all or nothing."""
+
+    def __init__(self, *holes):
+        self.holes = holes
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        if i in self.holes:
+            raise OSError(5, "I/O error")
+        return {"x": np.int32(i)}
+
+    def take(self, index):
+        return {"x": np.array([self[i]["x"] for i in index])}
+
+
+def test_the_next_example_stands_in_for_one_that_cannot_be_read():
+    rows, unreadable = read_rows_leaving_out(Holes(3, 4, 7), [7, 3, 1, 3, 4], 3)
+    assert rows["x"].tolist() == [0, 5, 1, 5, 5]
+    assert unreadable == dict.fromkeys((7, 3, 4), "OSError: [Errno 5] I/O error")
+    assert read_rows_leaving_out(Holes(), [2, 5], 3)[1] == {}
+    with pytest.raises(errors.DataError, match="3 examples in a row can't be read, more than the 2"):
+        read_rows_leaving_out(Holes(*range(8)), [1], 2)
+    with pytest.raises(OSError, match="I/O error"):
+        read_example(Holes(3), 3)
+
+
+def test_memory_that_ran_out_is_no_matter_of_an_example():
+    class Large(Holes):
+        def __getitem__(self, i):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        read_rows_leaving_out(Large(), [1], 2)

@@ -60,6 +60,26 @@ def saved(tmp_path, strategy):
     return tmp_path / "checkpoints", state
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_restored_is_used_up_by_the_next_step(saved, devices):
+    """Or a run that goes on would hold the state twice where a fresh one holds it once."""
+    folder, _ = saved
+    strategy = make_strategy(num_devices=devices)
+
+    def make_step(axis_name=None):
+        def step(state, batch):
+            return jax.tree.map(lambda x: x, dataclasses.replace(state, step=state.step + 1)), {}
+
+        return step
+
+    step = strategy.compile_step(make_step)
+    fresh = strategy.init(make_state)
+    restored, _ = Checkpoints(folder).restore(3, strategy.abstract(make_state))
+    for state in (fresh, restored):
+        step(state, {"x": np.zeros(devices)})
+        assert [x.is_deleted() for x in jax.tree.leaves(state)] == [True] * len(jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize(("name", "devices"), [("jit", 1), ("jit", 8), ("pmap", 4)])
 def test_what_is_restored_is_what_was_saved_on_any_devices(saved, name, devices):
     folder, state = saved

@@ -72,3 +72,29 @@ def test_non_finite_values_become_null(tmp_path):
     log.write(1, {"eval/loss": float("inf")})
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "eval/loss": None}]
+
+
+def test_events_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch):
+    """F39: from the beginning, as there is a file in their place, and from some row on."""
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.warns(
+        UserWarning, match=r"events can't be written to .*tensorboard: File exists"
+    ) as told:
+        write(tmp_path, [1, 2, 3], evaluate=[2])
+    assert len(told) == 1
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3]
+    (tmp_path / "tensorboard").unlink()
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path, step=3)
+    log.write(4, {"loss": 1.0})
+    log.sync()
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    with pytest.warns(UserWarning, match="No space left on device; the run goes on without"):
+        log.write(5, {"loss": 1.0})
+    for step in range(6, 50):  # more than any queue holds, and no other warning, which would be an error
+        log.write(step, {"loss": 1.0})
+    log.close()
+    assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 49, "loss": 1.0}

@@ -1,0 +1,79 @@
+"""TensorBoard's events: a convenience, which can neither stop nor hold up a run."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxnets.errors import first_line
+
+
+class Events:
+    """Scalars for TensorBoard, of a run that goes on after a step; what it shows behind that is hidden.
+
+    Nothing raises: if they can't be written there is one warning, and no more of them. They are written
+    where they are given, since tensorboardX's own thread would die of a full disk, and who adds to its
+    queue then would wait for ever.
+
+    Args:
+        folder: made with the first scalars.
+        step: the one that the run goes on from.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._folder, self._step = folder, step
+        self._writer: Any = None
+        self._has_failed = False
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the scalars of a step."""
+        self._try(lambda: self._add(step, values))
+
+    def flush(self) -> None:
+        """Bring what was added to the disk."""
+        if self._writer:
+            self._try(self._writer.flush)
+
+    def close(self) -> None:
+        """Flush, and close the file."""
+        if self._writer:
+            self._try(self._writer.close)
+
+    def _try(self, work: Any) -> None:
+        if self._has_failed:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._has_failed = True
+            if self._writer:
+                with contextlib.suppress(Exception):
+                    self._writer.close()
+            warnings.warn(
+                f"TensorBoard's events can't be written to {self._folder}: {first_line(error)}; the run "
+                "goes on without them, and metrics.jsonl has everything",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only
+        # with the first row, so that the first step need not wait for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        proto: Any = event_pb2  # its names are made when it is imported
+
+        def write(step: int, **content: Any) -> None:
+            # A time to be shown: nothing is decided by it.
+            self._writer.write_event(proto.Event(wall_time=time.time_ns() / 1e9, step=step, **content))
+
+        if self._writer is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"))
+            write(self._step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
+        for name, value in values.items():
+            write(step, summary=scalar(name, value))
