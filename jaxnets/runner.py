@@ -34,12 +34,10 @@ from jaxnets.train.preemption import StopOnSignal
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState, create_state
 from jaxnets.train.step import make_train_step
-from jaxnets.train.verdict import by_first
 from jaxnets.train.watchdog import Watchdog
 from jaxnets.typing import LossFn
 from jaxnets.version import __version__
 
-_LONG_S = 3600.0  # for what one process does while the others wait
 _MAX = 2**31 - 1  # steps and seeds are 32-bit integers
 
 
@@ -283,10 +281,8 @@ def train(
             watchdog.beat("save")
             checkpoints.wait()
         except errors.NonFiniteError as error:
-            watchdog.beat("save")
             say("replaying the step to find where that came from")
-            report = partial(report_nonfinite, folder, error, recipe, draws)
-            say(by_first("run/nonfinite", report, timeout_s=_LONG_S))
+            say(report_nonfinite(folder, error, recipe, draws, beat=watchdog.beat))
             raise
         finally:
             log.close()

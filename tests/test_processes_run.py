@@ -13,6 +13,7 @@ import pytest
 
 from experiments import digits
 from jaxnets.train import Checkpoints
+from tests.train import processes as started
 from tests.train.processes import _free_port
 
 ROOT = Path(digits.__file__).parents[1]
@@ -112,6 +113,41 @@ def test_a_folder_of_one_host_alone_is_refused(tmp_path):
         assert code == 2, out
         assert "choose a --run-dir that all hosts share" in out
     assert not (tmp_path / "0" / "config.json").exists()
+
+
+PARTIAL = """
+    import os, signal
+    from experiments import digits
+    from jaxnets import cli
+    from jaxnets.train import manifest
+
+    write = manifest.write_manifest
+
+    def die_before(folder, record):
+        if folder.name == {killed!r}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(folder, record)
+
+    manifest.write_manifest = die_before
+    sys.exit(cli.main(digits.EXPERIMENT, ["train", "--run-dir", {folder!r}, *{words!r}]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_a_step_that_was_half_saved_is_passed_and_saved(tmp_path):
+    """F3: what a killed save of two processes left is in the way of two processes."""
+    words = [*WORDS, "--steps", "6", "--checkpoint-every", "2"]
+    script = {"folder": str(tmp_path), "words": words}
+    with started.Processes(PARTIAL.format(killed="00000004", **script), devices=1) as both:
+        assert both.processes[0].wait(timeout=180) == -signal.SIGKILL
+    folder = tmp_path / "checkpoints"
+    assert list((folder / "00000004" / "state").iterdir())
+    assert Checkpoints(folder).steps() == [2]
+    first, _ = started.run(PARTIAL.format(killed="", **script), devices=1, timeout=180)
+    assert "removed the unfinished checkpoint 00000004" in first.err
+    assert "resuming at step 2 of 6" in first.err
+    assert [Checkpoints(folder).is_whole(step) for step in (4, 6)] == [True, True]
 
 
 @pytest.mark.long

@@ -6,10 +6,10 @@ its gradients from the state before the step; nothing is changed.
 """
 
 import dataclasses
-import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,18 @@ import optax
 from jaxnets import errors
 from jaxnets.errors import first_line
 from jaxnets.train.files import write_atomically
-from jaxnets.train.mesh import path_of
+from jaxnets.train.mesh import gather_to_first, path_of
 from jaxnets.train.provenance import Counts, Node, Tag, Walk, count, on_one_device
 from jaxnets.train.replay import Replay, is_bad
 from jaxnets.train.state import TrainState
+from jaxnets.train.verdict import by_first
 from jaxnets.typing import Array, Batch, Indexed, LossFn, PyTree, WeightsFn
 
 if TYPE_CHECKING:
     from jaxnets.recipe import Recipe
 
 FILE = "nonfinite.json"
+_LONG_S = 3600.0  # for what one process does while the others wait
 _SHOWN = 8
 
 
@@ -154,7 +156,7 @@ def diagnose(
         UserError: if the state or the batch is spread over several processes.
     """
     with on_one_device() as device:
-        state, batch = jax.tree.map(functools.partial(_here, device=device), (state, dict(batch)))
+        state, batch = jax.tree.map(partial(_here, device=device), (state, dict(batch)))
         guard, at = int(state.guard), int(state.step)
         number = step if step is not None else guard if guard >= 0 else at
         skipped = 0 if state.health is None else int(state.health.in_a_row)
@@ -166,28 +168,37 @@ def diagnose(
 
 
 def report_nonfinite(
-    folder: Path, error: errors.NonFiniteError, recipe: "Recipe", draws: Indexed
+    folder: Path,
+    error: errors.NonFiniteError,
+    recipe: "Recipe",
+    draws: Indexed,
+    *,
+    beat: Callable[[str], None] = lambda section: None,
 ) -> str:
     """Diagnose the step that stopped a run, and write `nonfinite.json` in its folder.
 
-    It raises no error of its own: what stopped the run must be told in any case.
+    It raises no error of its own: what stopped the run must be told in any case. Of several processes
+    all call it, at the same step: the first one gets the state, replays and writes, the others wait.
 
     Args:
         folder: of the run.
         error: as `fit` raises it.
         recipe: of the run.
         draws: `draws[i]` names the examples of step i.
+        beat: told what begins: "step" with each array that is gathered, and "save" for the rest, as
+            nobody knows how long a replay takes.
 
     Returns:
         the report as text.
     """
-    try:
-        if error.state is None or error.step is None:
-            raise errors.UserError("its state is not at hand")
+
+    def report() -> str:
+        if state is None or error.step is None:
+            raise errors.UserError(why)
         begin = max(begin for begin in recipe.loss_fns if begin <= error.step)
         diagnosis = diagnose(
             recipe.loss_fns[begin],
-            error.state,
+            state,
             batch_of(recipe.train, draws[error.step]),
             weights_fn=recipe.weights_fn,
             coefficients=recipe.coefficients,
@@ -196,6 +207,15 @@ def report_nonfinite(
         )
         write_atomically(folder / FILE, json.dumps(diagnosis.to_json(), indent=1) + "\n")
         return f"{diagnosis}\nthe report is in {folder / FILE}"
+
+    why = "its state is not at hand"
+    try:
+        state = gather_to_first(error.state, beat=partial(beat, "step"))
+    except Exception as failure:
+        state, why = None, first_line(failure)
+    beat("save")
+    try:
+        return by_first("run/nonfinite", report, timeout_s=_LONG_S)
     except Exception as failure:
         return f"the step could not be replayed: {first_line(failure)}"
 

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxnets.errors import NonFiniteError
 from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.evaluate import Stopped
 from jaxnets.train.loop import Clock, StepMetrics
@@ -277,7 +278,10 @@ class ShowProgress:
             return
         seconds = max(now - then - (self._evaluate.seconds - evaluating), 1e-9)
         speed = (step - before) * self._batch_size / seconds
-        loss = metrics.read()["loss"]
+        try:
+            loss = metrics.read()["loss"]
+        except NonFiniteError:
+            return  # the loop is about to raise it, after the same step on every host: no clock decides
         left = (self._num_steps - step) * self._batch_size / max(speed, 1e-9)
         status = f"loss {loss:.4f}  {speed:,.0f} {self._unit}/s{self._shares(step, speed)}"
         self._bar.update(self._task, completed=step, status=status)

@@ -7,7 +7,7 @@ cut over "data" and "fsdp" together; rules cut the state over "fsdp" and "tensor
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,6 +151,34 @@ def shard_by_rules(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
         raise errors.ConfigError(f"no sharding rule for {name}: add one to the model's rules")
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def gather_to_first(tree: PyTree, *, beat: Callable[[], None] = lambda: None) -> PyTree:
+    """Bring arrays that are cut over several processes to the host of the first one.
+
+    All processes call it. One array at a time is whole on the devices.
+
+    Args:
+        tree: of arrays.
+        beat: called before each array that is brought.
+
+    Returns:
+        the tree, in which such arrays are NumPy's; on the other processes they are empty.
+    """
+
+    def gather(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        beat()
+        everywhere = NamedSharding(x.sharding.mesh, P())  # pyright: ignore[reportAttributeAccessIssue]
+        whole = jax.block_until_ready(jax.jit(_same, out_shardings=everywhere)(x))
+        return np.asarray(whole) if jax.process_index() == 0 else np.empty(0, x.dtype)
+
+    return jax.tree.map(gather, tree)
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Any]:

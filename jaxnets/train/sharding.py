@@ -111,7 +111,7 @@ class Strategy:
                 each has its `rows` alone.
         """
         cut = NamedSharding(self.mesh, P(BATCH))
-        if self.name == "pmap":
+        if self.name == "pmap" and self.has_all:
             return _Split(jax.device_put({name: self._split(x) for name, x in batch.items()}, cut))
         if self.virtual_shards:
             return dict(batch)
@@ -217,7 +217,7 @@ class Strategy:
             return run_eagerly
         is_cpu = self.mesh.devices.flat[0].platform == "cpu"
         is_worth_a_look = self.is_guarded and defects.has_faulty_fusions(jaxlib.version.__version__)
-        if is_pmap:
+        if is_pmap and self.has_all:
             mapped: Any = jax.pmap(
                 body,
                 axis_name=DATA,
@@ -237,11 +237,17 @@ class Strategy:
                 return mapped(state, resident, dict(draw))
 
             return run_mapped
+        if is_pmap:
+            # What JAX makes of a pmap. Its own takes and gives what each process has, where all else
+            # takes global arrays, and within jit, for compiler options, it keeps to one process.
+            body = jax.shard_map(
+                body, mesh=self.mesh, in_specs=(P(), P(), P(BATCH)), out_specs=P(), check_vma=False
+            )
         compiled = partial(jax.jit, body, donate_argnums=donated, in_shardings=(None, None, drawn))
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         careful = compiled(compiler_options=CAREFUL_CPU_OPTIONS)
         if is_cpu:
-            is_whole = self.num_devices == 1
+            is_whole = is_pmap or self.num_devices == 1
             jitted = chosen(jitted, careful if is_worth_a_look else None, is_whole=is_whole)
 
         def run(state: PyTree, draw: Mapping[str, Any]):
@@ -339,8 +345,6 @@ def make_strategy(
         rules = CUT_LARGEST if is_cut else REPLICATED
     if name == "pmap" and tuple(rules) != tuple(REPLICATED):
         raise errors.ConfigError("the strategy 'pmap' replicates the state and takes no rules")
-    if name == "pmap" and mesh.is_multi_process:
-        raise errors.ConfigError("the strategy 'pmap' is for one process; several take 'jit'")
     if virtual_shards:
         if name != "jit" or is_cut or not use_jit:
             raise errors.ConfigError("the fixed order takes the strategy 'jit', compiled, and no mesh")

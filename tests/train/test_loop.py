@@ -250,6 +250,14 @@ def test_a_call_is_shown_and_recorded_whole(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_the_progress_never_ends_a_run():
+    """It goes by a clock, which is another on each host: the loop ends all after the same step."""
+    show = ShowProgress(9, 4, Evaluate(lambda state: {}, None, lambda step: False), every_s=0.0)
+    bad = {"loss": np.float32(np.nan), "grad_norm": np.float32(1), "guard": np.int32(1)}
+    for step, values in enumerate([{"loss": np.float32(1)}, bad], start=1):
+        show(step, None, StepMetrics(step, values))
+
+
 def test_several_steps_take_jit():
     make_step = functools.partial(make_train_step, loss_fn, TX)
     for strategy in (make_strategy("pmap", num_devices=1), make_strategy(use_jit=False)):

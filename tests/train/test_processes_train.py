@@ -57,6 +57,8 @@ CASES = {
     "jit": {},
     "streamed": {"is_streamed": True},
     "mesh": {"sizes": {"data": 2, "fsdp": 2}},
+    "pmap": {"name": "pmap"},
+    "pmap, streamed": {"name": "pmap", "is_streamed": True},
     "fixed": {"virtual_shards": 8},
     "fixed, streamed": {"virtual_shards": 8, "is_streamed": True},
 }
@@ -64,18 +66,18 @@ CASES = {
 
 def found(num_processes, devices, cases):
     ended = processes.run(
-        SCRIPT.format(cases=cases), num_processes, devices=devices, joined=num_processes > 1, timeout=200
+        SCRIPT.format(cases=cases), num_processes, devices=devices, joined=num_processes > 1, timeout=400
     )
     lines = [line for e in ended for line in e.out.splitlines() if line.startswith("FOUND ")]
     return [json.loads(line.removeprefix("FOUND ")) for line in lines]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize(
     ("num_processes", "names"),
     [
-        (2, ["mesh", "fixed, streamed"]),
-        pytest.param(2, ["jit", "streamed", "fixed"], marks=pytest.mark.long),
+        (2, ["mesh", "fixed, streamed", "pmap"]),
+        pytest.param(2, ["jit", "streamed", "fixed", "pmap, streamed"], marks=pytest.mark.long),
         pytest.param(4, list(CASES), marks=pytest.mark.long),
     ],
 )

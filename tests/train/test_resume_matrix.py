@@ -62,6 +62,9 @@ def leg(folder, until, **options):
             state, values = step(state, DRAWS[i])
             seen.append(float(values["seen"]))
         checkpoints.save(state)
+        if not strategy.has_all:
+            whole = jax.NamedSharding(strategy.mesh, P())
+            state = jax.jit(lambda tree: tree, out_shardings=whole)(state)
         return seen, jax.device_get((*tiny.learnt(state), state.ema, state.step, state.guard))
 
 

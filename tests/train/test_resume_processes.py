@@ -32,12 +32,14 @@ def leg(folder, until, num_processes, options):
     return found[0]
 
 
-def check(tmp_path, first, then, options):
+def check(tmp_path, first, then, options, others=None):
+    """Three legs, of which the one between may have other options."""
     whole = leg(tmp_path / "whole", 12, 1, options)
     seen = []
-    for until, num_processes in ((4, first), (9, then), (12, first)):
-        here, bits, size, step = leg(tmp_path / "c", until, num_processes, options)
-        seen += here
+    between = options if others is None else others
+    for until, num_processes, here in ((4, first, options), (9, then, between), (12, first, options)):
+        found, bits, size, step = leg(tmp_path / "c", until, num_processes, here)
+        seen += found
     assert (seen, step) == (whole[0], 12)
     assert size == pytest.approx(whole[2], rel=1e-5)
     assert np.isfinite(size)
@@ -57,3 +59,10 @@ def test_two_processes_then_one(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"virtual_shards": 8}], ids=["jit", "fixed order"])
 def test_processes(tmp_path, first, then, options):
     check(tmp_path, first, then, options)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("then", "strategy"), [(1, "jit"), (1, "pmap"), (2, "fsdp"), (4, "pmap")])
+def test_pmap_and_others(tmp_path, then, strategy):
+    check(tmp_path, 2, then, {"strategy": "pmap"}, {"strategy": strategy})
