@@ -35,6 +35,7 @@ ROWS = {
     "jaxnets.evaluation": 4.7,
     "jaxnets.agreement": 5,
     "jaxnets.resume": 4.5,
+    "jaxnets.run": 4.8,
     "jaxnets.deploy": 5,
     "jaxnets.interop": 5,
     "jaxnets.plan": 5,

@@ -140,13 +140,13 @@ def test_the_first_step_waits_for_nothing_that_comes_after_it(tmp_path):
     script = f"""
 import sys
 from experiments import cifar10
-from jaxnets import cli, runner
-fit = runner.fit
+from jaxnets import cli, run
+fit = run.fit
 def watched(*args, **options):
     heavy = ("sklearn", "scipy", "torch", "tensorboardX", "orbax", "matplotlib", "PIL", "grain")
     print("imported:", *[name for name in heavy if name in sys.modules])
     return fit(*args, **options)
-runner.fit = watched
+run.fit = watched
 sys.exit(cli.main(cifar10.EXPERIMENT, {[*SMALL, "--run-dir", str(tmp_path / "r")]}))
 """
     assert "imported:\n" in fresh(tmp_path, "-c", script).stdout
