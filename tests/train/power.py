@@ -123,6 +123,17 @@ def names(synced, there):
     return there if isinstance(there, dict) else synced
 
 
+def all_but(name):
+    """The same, but one that is not synced is lost wherever it is."""
+
+    def survives(synced, there):
+        if isinstance(there, dict):
+            return {each: x for each, x in there.items() if each != name or each in synced}
+        return synced
+
+    return survives
+
+
 def zeros(synced, there):
     """The same, and files have their length, as after a journal was replayed."""
     if isinstance(there, dict):
