@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnets import errors
+from jaxnets.remote import as_path
 from jaxnets.train import array_store, files, hosts, manifest
 from jaxnets.train.at_exit import wait_at_exit
 from jaxnets.train.files import first_line
@@ -57,7 +57,7 @@ class Checkpoints:
             raise errors.ConfigError(f"at least the best checkpoint is kept, not the best {num_best}")
         if num_recent < 1:
             raise errors.ConfigError(f"at least the latest checkpoint is kept, not {num_recent}")
-        self.folder = Path(folder).absolute()
+        self.folder = as_path(folder).absolute()
         self._sign = 1 if maximize else -1
         self._num_best, self._num_recent = num_best, num_recent
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -111,7 +111,7 @@ class Checkpoints:
             removed = []
             for path in sorted(self.folder.glob("*")):
                 if path.name.isdigit() and path.is_dir() and not (path / MANIFEST).exists():
-                    shutil.rmtree(path)
+                    files.remove_tree(path)
                     removed.append(path.name)
             return removed
 
@@ -236,7 +236,7 @@ class Checkpoints:
         try:
             self._pending = self._executor.submit(self._write, end, record, set(keep))
         except RuntimeError as error:  # by then Python starts no work in threads any more
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            files.remove_tree(self._path(step), ignore_errors=True)
             raise self._failed(step, "the program is ending, or this was closed") from error
 
     def check(self) -> None:
@@ -330,7 +330,7 @@ class Checkpoints:
             return False
         try:
             if folder.exists():
-                shutil.rmtree(folder)
+                files.remove_tree(folder)
             folder.mkdir(parents=True)
         except OSError as error:
             raise self._failed(step, self._why(error)) from error
@@ -360,7 +360,7 @@ class Checkpoints:
                 self._complete(record, parts)
             except Exception as error:
                 if not (folder / MANIFEST).exists():
-                    shutil.rmtree(folder, ignore_errors=True)
+                    files.remove_tree(folder, ignore_errors=True)
                 why = str(error) if error is failure else self._why(error)
                 raise self._failed(record.step, why) from (error.__cause__ or error)
             # The step is complete. What can't be deleted now is tried again after the next save.
@@ -386,7 +386,7 @@ class Checkpoints:
     def _discard(self, step: int) -> None:
         # The manifest goes first, so that a kill in between leaves nothing half-valid.
         (self._path(step) / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self._path(step))
+        files.remove_tree(self._path(step))
 
     def _steps(self) -> list[int]:
         return sorted(
@@ -430,7 +430,7 @@ class Checkpoints:
                 number += 1
                 aside = self.folder / f"{step:08d}{_DAMAGED}.{number}"
             try:
-                self._path(step).rename(aside)
+                files.move(self._path(step), aside)
             except OSError as error:
                 raise errors.CheckpointError(
                     f"{why}; it can't be renamed: {first_line(error)}"
@@ -444,8 +444,8 @@ class Checkpoints:
         )
         if not full:
             return first_line(error)
-        free = shutil.disk_usage(files.existing(self.folder)).free
-        return f"the disk is full ({free:,} bytes are free)"
+        free = files.free_bytes(self.folder)
+        return first_line(error) if free is None else f"the disk is full ({free:,} bytes are free)"
 
     def _failed(self, step: int, why: str) -> errors.CheckpointError:
         latest = max(self._steps(), default=None)

@@ -13,15 +13,14 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jaxnets import errors
 from jaxnets.train import hosts
-from jaxnets.train.files import write_atomically
+from jaxnets.train.files import Staged, open_to_append, sync_open, write_atomically
 from jaxnets.train.verdict import by_first
 
 _PATIENCE_S = 20.0  # until a file shows on another host
@@ -44,8 +43,8 @@ class MetricsLog:
         self._events: Any = None
         size, digest = by_first("metrics/cut", self._cut)
         if hosts.is_first():
-            self._lines: IO[str] = self._jsonl.open("a")
-            self._table: IO[str] = self._csv.open("a", newline="")
+            self._lines = open_to_append(self._jsonl)
+            self._table = open_to_append(self._csv)
         else:
             self.rows = _rows(_shown(self._jsonl, size, digest), self._jsonl)
 
@@ -58,7 +57,7 @@ class MetricsLog:
         return len(content), hashlib.sha256(content).hexdigest()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
+        """Append one row, which on a disk no kill loses then. Non-finite values become null."""
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self.rows.append(row)
         if not hosts.is_first():
@@ -69,7 +68,7 @@ class MetricsLog:
         else:
             self._table.close()
             self._rewrite_table()
-            self._table = self._csv.open("a", newline="")
+            self._table = open_to_append(self._csv)
         self._lines.write(_line(row))
         self._lines.flush()
         self._events = self._events or self._open_events()
@@ -81,10 +80,10 @@ class MetricsLog:
         if not hosts.is_first():
             return
         for file in (self._lines, self._table):
-            file.flush()
-            os.fsync(file.fileno())
+            sync_open(file)
         if self._events:
             self._events.flush()
+            self._staged.push()
 
     def close(self) -> None:
         """Sync and close the files."""
@@ -95,13 +94,15 @@ class MetricsLog:
         self._table.close()
         if self._events:
             self._events.close()
+            self._staged.close()
 
     def _open_events(self) -> Any:
         # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only
         # with the first row, so that the first step need not wait for it.
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
+        self._staged = Staged(self._folder / "tensorboard")
+        return SummaryWriter(str(self._staged.path), purge_step=self._step + 1)
 
     def _rewrite_table(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]
