@@ -83,7 +83,7 @@ class ObjectPath:
         return hash(str(self))
 
     def __truediv__(self, name: "str | PurePosixPath") -> "ObjectPath":
-        return ObjectPath(self.bucket, f"{self.key}/{name}".lstrip("/"))
+        return ObjectPath(self.bucket, f"{self.key}/{name}".strip("/"))
 
     @property
     def name(self) -> str:

@@ -121,9 +121,12 @@ def free_bytes(path: Path) -> int | None:
     """Room on the disk that a path is, or would be, on; None in a store."""
     if isinstance(path, ObjectPath):
         return None
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return path if path.exists() or path == path.parent else existing(path.parent)
 
 
 def open_to_append(path: Path) -> Any:
