@@ -11,18 +11,31 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from jaxnets import errors
+from jaxnets.remote import as_path, is_remote
 
 T = TypeVar("T")
+# A folder on the disk, or gs://bucket/folder: a plain path would lose a slash.
+Folder = Annotated[
+    Path | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: as_path(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, Path) or is_remote(value),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """Where and how an experiment runs; all of it may change when a run is resumed."""
 
-    run_dir: Path | None = None
-    """Folder of this run; runs/EXPERIMENT by default."""
-    data_dir: Path | None = None
-    """Folder with the data sets; $JAXNETS_DATA or ~/.cache/jaxnets/data by default."""
+    run_dir: Folder = None
+    """Folder of this run, or gs://BUCKET/FOLDER; runs/EXPERIMENT by default."""
+    data_dir: Folder = None
+    """Folder with the data sets, or gs://BUCKET/FOLDER, of which a copy is kept on this host;
+    $JAXNETS_DATA or ~/.cache/jaxnets/data by default."""
     verify: str = "warn"
     """What to do about local data files with another digest than the official: warn or strict."""
     resume: bool = True
@@ -193,7 +206,7 @@ def to_json(config: Any) -> dict[str, Any]:
     """The fields of a config, as JSON holds them."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Path):
+        if isinstance(value, Path) or is_remote(value):
             return str(value)
         return [plain(x) for x in value] if isinstance(value, tuple) else value
 

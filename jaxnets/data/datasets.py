@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxnets import errors, registry
 from jaxnets.data.progress import Progress
+from jaxnets.remote import as_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def load(
         name: a registered data set, or the name of a folder in `data_dir` with the four IDX files
             of MNIST's form (train-images-idx3-ubyte and so on, plain or .gz).
         data_dir: each set lies in `data_dir/name`; default $JAXNETS_DATA, else
-            ~/.cache/jaxnets/data.
+            ~/.cache/jaxnets/data. Of gs://bucket/path/name a copy is made in ~/.cache/jaxnets/remote.
         verify: what to do with files whose SHA-256 isn't the official one: "warn" and use them,
             or "strict", refuse them. Downloads are always checked.
         progress: of a download: True shows it on stderr, False doesn't, a function is called
@@ -105,7 +106,7 @@ def load(
         DataError: if it can't be downloaded, or is damaged.
     """
     check_verify(verify)
-    folder = data_folder(data_dir)
+    folder = data_folder(data_dir, name)
     registered = registry.names("dataset")
     try:
         if name in registered:
@@ -117,14 +118,22 @@ def load(
         raise errors.DataError(f"{name}: can't read {place}: {error.strerror or error}") from error
 
 
-def data_folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
+def data_folder(data_dir: str | os.PathLike[str] | None = None, name: str = "") -> Path:
     """The folder that holds the data sets, whether or not it exists yet.
 
+    Args:
+        data_dir: see `load`.
+        name: the data set that is to be read; of an object store a copy of it is made first.
+
     Raises:
-        DataError: if something there isn't a folder.
+        DataError: if something there isn't a folder, or can't be read.
     """
     given = data_dir or os.environ.get("JAXNETS_DATA") or "~/.cache/jaxnets/data"
-    folder = Path(given).expanduser()
+    folder = as_path(given).expanduser()
+    if is_remote(folder):
+        from jaxnets.data.mirror import mirrored  # needs this module, and only stores need it
+
+        return mirrored(folder, name)
     try:
         is_other = folder.exists() and not folder.is_dir()
     except OSError as error:

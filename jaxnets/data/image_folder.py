@@ -171,7 +171,7 @@ def open_images(
         ConfigError: if there is no such data set.
         DataError: if it is damaged.
     """
-    folder = data_folder(data_dir) / name
+    folder = data_folder(data_dir, name) / name
     is_plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)  # can't lead out of the data folder
     if name in registry.names("dataset") or not is_plain or not (folder / "train").is_dir():
         return load(name, data_dir=data_dir, verify=verify, progress=progress)

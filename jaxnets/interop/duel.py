@@ -36,6 +36,7 @@ from jaxnets.interop.parity import LOSS_DRIFT_BOUND, check_parity
 from jaxnets.interop.reference import load_reference, require_cuda
 from jaxnets.interop.torch_side import CHECK_BOUND
 from jaxnets.recipe import Recipe
+from jaxnets.remote import is_remote
 from jaxnets.train import create_state
 from jaxnets.train.files import write_atomically
 from jaxnets.train.peak import usage_of
@@ -256,6 +257,8 @@ def _prepare_file(options: RunOptions) -> Path:
     """The path of duel.json, in a folder that can be written."""
     assert options.run_dir is not None
     folder = options.run_dir
+    if is_remote(folder):
+        raise errors.ConfigError(f"duel writes to a disk; choose another --run-dir than {folder}")
     if folder.exists() and not folder.is_dir():
         raise errors.ConfigError(f"the run folder {folder} is a file; choose another --run-dir")
     try:

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from jaxnets.interop.measure import (
     peak_bytes,
     product_size,
 )
+from jaxnets.remote import as_path
 
 
 class JaxSide:
@@ -51,7 +51,7 @@ class JaxSide:
         experiment = importlib.import_module(spec["module"]).EXPERIMENT
         self.after_imports = peak_bytes()
         config = from_json(type(experiment.config), spec["config"])
-        data_dir = spec["data_dir"] and Path(spec["data_dir"])
+        data_dir = spec["data_dir"] and as_path(spec["data_dir"])
         options = RunOptions(data_dir=data_dir, verify=spec["verify"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the parent has said it

@@ -42,7 +42,8 @@ def draw_curves(rows: Sequence[Mapping[str, float | None]], path: Path, *, title
         if panel.lines:  # a metric may be None throughout
             panel.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120)
 
 
 def _series(rows: Sequence[Mapping[str, float | None]], name: str) -> tuple[list, list]:

@@ -15,7 +15,8 @@ def draw_predictions(folder: Path) -> None:
     Args:
         folder: of the run.
     """
-    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
+    saved = (folder / "predictions.npz").open("rb")
+    with saved, np.load(saved, allow_pickle=False) as file:
         found = dict(file)
     names = [str(name) for name in found["class_names"]]
     draw_confusion(found["label"], found["prediction"], folder / "confusion.png", class_names=names)
@@ -84,7 +85,8 @@ def draw_confusion(
             colour = "white" if shares_VV[i, j] > 0.5 else "black"
             if counts_VV[i, j]:
                 panel.text(j, i, str(counts_VV[i, j]), ha="center", va="center", color=colour, size=8)
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120)
 
 
 def draw_samples(
@@ -134,4 +136,5 @@ def draw_samples(
             Rectangle((left, bottom), 1.4, 1.4, fill=False, edgecolor=colour, linewidth=width)
         )
     panel.set(xlim=(0, 1.5 * columns), ylim=(0, 1.8 * rows))
-    figure.savefig(path, dpi=100)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=100)

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import jax
 
 from jaxnets import errors
 from jaxnets.errors import first_line
+from jaxnets.remote import as_path
 from jaxnets.train import array_store, files, hosts, manifest, step_folder
 from jaxnets.train.at_exit import wait_at_exit
 from jaxnets.train.health import fresh_health
@@ -58,7 +58,7 @@ class Checkpoints:
             raise errors.ConfigError(f"at least the best checkpoint is kept, not the best {num_best}")
         if num_recent < 1:
             raise errors.ConfigError(f"at least the latest checkpoint is kept, not {num_recent}")
-        self.folder = Path(folder).absolute()
+        self.folder = as_path(folder).absolute()
         self._sign = 1 if maximize else -1
         self._num_best, self._num_recent = num_best, num_recent
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -445,8 +445,8 @@ class Checkpoints:
         )
         if not full:
             return first_line(error)
-        free = shutil.disk_usage(files.existing(self.folder)).free
-        return f"the disk is full ({free:,} bytes are free)"
+        free = files.free_bytes(self.folder)
+        return first_line(error) if free is None else f"the disk is full ({free:,} bytes are free)"
 
     def _failed(self, step: int, why: str) -> errors.CheckpointError:
         latest = max(self._steps(), default=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxnets.errors import first_line
+from jaxnets.train.files import Staged
 
 
 class Events:
@@ -25,6 +26,7 @@ class Events:
     def __init__(self, folder: Path, step: int):
         self._folder, self._step = folder, step
         self._writer: Any = None
+        self._staged: Staged | None = None
         self._has_failed = False
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -33,13 +35,11 @@ class Events:
 
     def flush(self) -> None:
         """Bring what was added to the disk."""
-        if self._writer:
-            self._try(self._writer.flush)
+        self._try(self._flush)
 
     def close(self) -> None:
         """Flush, and close the file."""
-        if self._writer:
-            self._try(self._writer.close)
+        self._try(self._close)
 
     def _try(self, work: Any) -> None:
         if self._has_failed:
@@ -58,6 +58,16 @@ class Events:
                 stacklevel=4,
             )
 
+    def _flush(self) -> None:
+        if self._writer and self._staged:
+            self._writer.flush()
+            self._staged.push()
+
+    def _close(self) -> None:
+        if self._writer and self._staged:
+            self._writer.close()
+            self._staged.close()
+
     def _add(self, step: int, values: Mapping[str, float]) -> None:
         # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only
         # with the first row, so that the first step need not wait for it.
@@ -72,8 +82,9 @@ class Events:
             self._writer.write_event(proto.Event(wall_time=time.time_ns() / 1e9, step=step, **content))
 
         if self._writer is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(self._folder / "events"))
+            self._staged = Staged(self._folder)
+            self._staged.path.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._staged.path / "events"))
             write(self._step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
         for name, value in values.items():
             write(step, summary=scalar(name, value))

@@ -4,10 +4,14 @@ On one host the kernel's own lock decides, which goes with its process, however 
 shared file system carries it to other hosts. So the owner touches the lock file every few seconds, and
 on another host a lock counts until it has been silent for a minute. Times are those that the file system
 itself gives to two files; no clock of a host is looked at.
+
+An object store has no locks, but writes on condition: the lock is an object that is made only if it
+isn't there, and that its owner writes again and again, each time only if nobody else has.
 """
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import secrets
@@ -17,10 +21,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from jaxnets import errors
+from jaxnets.remote import ObjectPath
 
 LOCK = ".lock"
 NOW = ".lock.now"
@@ -37,6 +43,10 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: if it can't be written.
     """
     path = folder / LOCK
+    if isinstance(path, ObjectPath):
+        with _locked_object(path):
+            yield
+        return
     with path.open("a+") as file:
         is_decided = True
         try:
@@ -80,15 +90,131 @@ def _beat(path: Path, me: dict[str, Any], stop: threading.Event) -> None:
             with path.open() as file:
                 owner = _owner(file)
             if owner.get("run") != me["run"]:
-                print(
-                    f"error: {_name(owner)} took over {path.parent} while this run was silent: this "
-                    "one ends, with nothing more written",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                _leave()
+                _give_way(path.parent, owner)
                 return
             os.utime(path)
+
+
+@contextmanager
+def _locked_object(path: ObjectPath) -> Iterator[None]:
+    """The same by an object; OSError says what the store says."""
+    me = {**_here(), "pid": os.getpid(), "run": secrets.token_hex(8)}
+    held = _Held(path, me)
+    if not held.write(0):
+        _take_over(held)
+    stop = threading.Event()
+    beat = threading.Thread(target=held.beat, args=(stop,), name="lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        with contextlib.suppress(OSError):  # by then somebody else's, or the store doesn't answer
+            path.unlink(generation=held.generation)
+
+
+class _Held:
+    """A lock object, and the generation that it has as long as it is ours."""
+
+    def __init__(self, path: ObjectPath, me: dict[str, Any]):
+        self.path, self.me, self.generation = path, me, 0
+
+    def write(self, generation: int) -> bool:
+        """Write it if it has this generation, 0 for none; whether it is ours then."""
+        try:
+            self.generation = self.path.write(json.dumps(self.me).encode(), generation=generation)
+            return True
+        except FileExistsError:  # or it was written, and only the answer was lost
+            found = self.path.info()
+            if found is None or _owner_of(self.path).get("run") != self.me["run"]:
+                return False
+            self.generation = int(found["generation"])
+            return True
+
+    def beat(self, stop: threading.Event) -> None:
+        """Show that the owner is alive, until it isn't the owner any more."""
+        while not stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                if not self.write(self.generation):
+                    _give_way(self.path.parent, _owner_of(self.path))
+                    return
+
+
+def _take_over(held: _Held) -> None:
+    """Take a lock whose owner is dead or silent.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    path = held.path
+    found = path.info() or {"generation": "0"}
+    owner = _owner_of(path)
+    if not _is_dead(owner):
+        silence = _silence_of(path, found)
+        if silence < SILENT_S:
+            raise _is_used(path.parent, owner, f", silent for {max(silence, 0):.0f} s; if it was "
+                           f"killed, its lock ends after {SILENT_S:.0f} s")  # fmt: skip
+        warnings.warn(
+            f"{path.parent} was locked by {_name(owner)}, which has been silent for {silence:.0f} s; "
+            "taking it over",
+            stacklevel=6,
+        )
+    if not held.write(int(found["generation"])):
+        raise _is_used(path.parent, _owner_of(path))
+
+
+def _silence_of(path: ObjectPath, found: dict[str, Any]) -> float:
+    """How long ago an object was written, in seconds of the store."""
+    if "updated" not in found:
+        return SILENT_S  # it has gone meanwhile
+    now = path.with_name(NOW)
+    now.write(b"")
+    try:
+        there = now.info() or found
+    finally:
+        now.unlink(missing_ok=True)
+    begin, end = (datetime.fromisoformat(x["updated"]) for x in (found, there))
+    return (end - begin).total_seconds()
+
+
+def _owner_of(path: ObjectPath) -> dict[str, Any]:
+    try:
+        return _owner(io.StringIO(path.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def _here() -> dict[str, str]:
+    """This host, and the numbers that its processes have."""
+    found = {"host": socket.gethostname(), "boot": _boot(), "pids": ""}
+    with contextlib.suppress(OSError):
+        found["pids"] = os.readlink("/proc/self/ns/pid")
+    return found
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether a lock's owner was a process of this host that is no more."""
+    here = _here()
+    if not all(here.values()) or any(owner.get(key) != value for key, value in here.items()):
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _give_way(folder: Path | ObjectPath, owner: dict[str, Any]) -> None:
+    print(
+        f"error: {_name(owner)} took over {folder} while this run was silent: this one ends, with "
+        "nothing more written",
+        file=sys.stderr,
+        flush=True,
+    )
+    _leave()
 
 
 def _leave() -> None:
@@ -126,7 +252,7 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner.get('host')}" if owner else "unknown"
 
 
-def _is_used(folder: Path, owner: dict[str, Any], more: str = "") -> errors.ConfigError:
+def _is_used(folder: Path | ObjectPath, owner: dict[str, Any], more: str = "") -> errors.ConfigError:
     return errors.ConfigError(
         f"another process ({_name(owner)}{more}) is running in {folder}; stop it, or choose another "
         "--run-dir"

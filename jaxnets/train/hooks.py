@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxnets.errors import NonFiniteError
 from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.evaluate import Stopped
+from jaxnets.train.files import Staged
 from jaxnets.train.loop import Clock, StepMetrics
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.state import TrainState
@@ -193,6 +194,7 @@ class Profile:
         if self._is_recording:
             jax.profiler.stop_trace()
             self._is_recording = False
+            self._staged.close()
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Begin or end, with all steps up to this one done."""
@@ -200,7 +202,8 @@ class Profile:
             return
         if self._num_steps and self._stop is None and step >= self._start:
             metrics.read()
-            jax.profiler.start_trace(str(self._folder))
+            self._staged = Staged(self._folder)
+            jax.profiler.start_trace(str(self._staged.path))
             self._stop = step + self._num_steps
             self._is_recording = True
         elif self._is_recording and self._stop is not None and step >= self._stop:

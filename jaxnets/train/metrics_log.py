@@ -14,16 +14,14 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 from jaxnets import errors
 from jaxnets.train import hosts
 from jaxnets.train.events import Events
-from jaxnets.train.files import write_atomically
+from jaxnets.train.files import open_to_append, sync_open, write_atomically
 from jaxnets.train.verdict import by_first
 
 _PATIENCE_S = 20.0  # until a file shows on another host
@@ -46,8 +44,8 @@ class MetricsLog:
         self._events = Events(folder / "tensorboard", step)
         size, digest = by_first("metrics/cut", self._cut)
         if hosts.is_first():
-            self._lines: IO[str] = self._jsonl.open("a")
-            self._table: IO[str] = self._csv.open("a", newline="")
+            self._lines = open_to_append(self._jsonl)
+            self._table = open_to_append(self._csv)
         else:
             self.rows = _rows(_shown(self._jsonl, size, digest), self._jsonl)
 
@@ -60,7 +58,7 @@ class MetricsLog:
         return len(content), hashlib.sha256(content).hexdigest()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row; a kill after this loses nothing of it. Non-finite values become null."""
+        """Append one row, which on a disk no kill loses then. Non-finite values become null."""
         row = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         self.rows.append(row)
         if not hosts.is_first():
@@ -71,7 +69,7 @@ class MetricsLog:
         else:
             self._table.close()
             self._rewrite_table()
-            self._table = self._csv.open("a", newline="")
+            self._table = open_to_append(self._csv)
         self._lines.write(_line(row))
         self._lines.flush()
         self._events.add(step, values)
@@ -81,8 +79,7 @@ class MetricsLog:
         if not hosts.is_first():
             return
         for file in (self._lines, self._table):
-            file.flush()
-            os.fsync(file.fileno())
+            sync_open(file)
         self._events.flush()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import stat
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from jaxnets import config, errors
 from jaxnets.train import hosts
-from jaxnets.train.files import make_folders, sync, write_atomically
+from jaxnets.train.files import make_folders, move, remove_tree, sync, write_atomically
 from jaxnets.train.folder_lock import LOCK, NOW, locked
 from jaxnets.train.verdict import by_first, together
 
@@ -148,12 +147,9 @@ def _probe(folder: Path) -> None:
     try:
         deep = probe / ("x" * _LONGEST)
         deep.mkdir(parents=True, exist_ok=True)
-        with (deep / "x").open("wb") as file:
-            file.write(b"x" * 65536)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(deep / "x", b"x" * 65536)
     finally:
-        shutil.rmtree(probe, ignore_errors=True)
+        remove_tree(probe, ignore_errors=True)
 
 
 def _check_shared(folder: Path) -> None:
@@ -211,5 +207,5 @@ def _move_aside(folder: Path) -> None:
     # The config goes last: a kill in between leaves a folder that is still this run's.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
         if path.name != LOCK:
-            path.rename(aside / path.name)
+            move(path, aside / path.name)
     sync(aside)

@@ -12,7 +12,6 @@ manifest goes, and goes last.
 | gone | gone | some | a step that has lost its manifest: never removed |
 """
 
-import shutil
 from pathlib import Path
 
 from jaxnets.train import files
@@ -44,7 +43,7 @@ def remove(folder: Path) -> None:
     record.unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            files.remove_tree(path)
         elif path != marker:
             path.unlink()
     marker.unlink()
@@ -80,7 +79,7 @@ def set_aside(folder: Path) -> Path:
     while aside.exists():
         number += 1
         aside = folder.with_name(f"{folder.name}{_DAMAGED}.{number}")
-    folder.rename(aside)
+    files.move(folder, aside)
     return aside
 
 
