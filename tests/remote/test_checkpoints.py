@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from jaxnets import errors
 from jaxnets.train import Checkpoints, create_state, make_strategy
@@ -76,7 +77,7 @@ def test_a_damaged_or_missing_object_is_noticed_and_an_older_step_taken(store, b
         store.objects[bucket] = dict(whole)
     assert Checkpoints(place).is_whole(2)
     del store.objects[bucket][next(name for name in names if "/d/" in name)]
-    _, manifest, (line,) = Checkpoints(place).restore_latest(strategy.abstract(make_state))
+    _, manifest, (line,) = tiny.restore_latest(Checkpoints(place), strategy.abstract(make_state))
     assert manifest.step == 1
     assert "kept as 00000002.damaged, and step 1 is taken" in line
     assert kept(store, bucket) == ["00000001", "00000002.damaged"]
@@ -125,6 +126,7 @@ def test_a_store_that_answers_at_the_second_try(store, bucket, strategy):
 def test_what_a_killed_save_left_goes(store, bucket, strategy):
     with Checkpoints(f"gs://{bucket}/r/checkpoints") as checkpoints:
         checkpoints.save(at_step(strategy.init(make_state), 1))
+    store.put(bucket, "r/checkpoints/00000005/unfinished", b"")
     store.put(bucket, "r/checkpoints/00000005/state/d/1", b"half")
     assert checkpoints.steps() == [1]
     assert checkpoints.clean() == ["00000005"]
