@@ -1,6 +1,7 @@
 """Errors that a user can mend: the command line prints them as one line, without a traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,11 @@ def unknown(kind: str, name: str, names: Iterable[str], *, advice: str = "") -> 
     hint = f": did you mean {near[0]!r}?" if near else ":"
     advice = advice or f"there are: {', '.join(names)}"
     return ConfigError(f"unknown {kind} {name!r}{hint} {f'({advice})' if near else advice}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what XLA says when an allocation can't be had."""
+    return bool(re.search(r"RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE))
 
 
 def first_line(error: BaseException, *, with_file: bool = False) -> str:

@@ -1,7 +1,6 @@
 """A device that runs out of memory: one line that says what for, and what to do."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import jax
@@ -11,8 +10,6 @@ from jaxnets.errors import first_line
 from jaxnets.recipe import Recipe
 from jaxnets.runner import make_state
 from jaxnets.train.sharding import Strategy
-
-_IS_OUT = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -30,7 +27,7 @@ def explained(recipe: Recipe, strategy: Strategy, *, is_training: bool = True) -
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not _IS_OUT.search(str(error)):
+        if not errors.is_out_of_memory(error):
             raise
         raise errors.DeviceMemoryError(_advice(recipe, strategy, is_training, error)) from error
 

@@ -36,7 +36,8 @@ def as_path(place: "str | os.PathLike[str] | ObjectPath") -> Path:
     if isinstance(place, ObjectPath):
         return cast(Path, place)
     text = os.fspath(place)
-    found = re.match(r"(\w+)://?([^/]*)/*(.*)", text) if re.match(r"\w+://", text) else None
+    # `Path` makes one slash of two.
+    found = re.match(r"(\w+(?=://)|gs|s3|az|hf|https?):/+([^/]*)/*(.*)", text)
     if found is None:
         return Path(text)
     if found[1] != "gs":

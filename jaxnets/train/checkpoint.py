@@ -215,13 +215,7 @@ class Checkpoints:
         step = int(state.step)
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
-        # Orbax would copy it too, but not on a CPU: the next step would write over what is being saved.
-        try:
-            copy = copied_to_host(_as_dict(state))
-        except Exception:  # there is no memory for it
-            with contextlib.suppress(OSError):
-                step_folder.remove(self._path(step))
-            raise
+        copy = self._copied(step, _as_dict(state))
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)
@@ -301,6 +295,37 @@ class Checkpoints:
             health = jax.jit(fresh_health, out_shardings=place)() if wants_health else None
             state = dataclasses.replace(state, health=health)
         return state, found
+
+    def _copied(self, step: int, tree: PyTree) -> PyTree:
+        """The state on the host, of all processes or none."""
+        copies: list[PyTree] = []
+
+        def work() -> None:
+            try:
+                # Orbax would copy it too, but not on a CPU: the next step would write over it.
+                copies.append(copied_to_host(tree))
+            except jax.errors.JaxRuntimeError as error:
+                if not errors.is_out_of_memory(error):
+                    raise
+                num_bytes = sum(x.nbytes for x in jax.tree.leaves(tree))
+                raise errors.CheckpointError(
+                    f"the host has no memory for a copy of the state ({num_bytes:,} bytes over all "
+                    f"devices): {first_line(error)}"
+                ) from error
+
+        try:
+            together("checkpoints/copied", work)
+        except Exception as error:
+
+            def remove() -> None:
+                with contextlib.suppress(OSError):
+                    step_folder.remove(self._path(step))
+
+            by_first("checkpoints/not copied", remove)
+            if isinstance(error, errors.UserError):
+                raise self._failed(step, str(error)) from error
+            raise
+        return copies[0]
 
     def _load(self, step: int, abstract: TrainState, wanted: Mapping[str, str]) -> PyTree:
         try:

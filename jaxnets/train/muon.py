@@ -36,7 +36,7 @@ def muon(
     weight_decay: float = 0.0,
     decay_mask: Callable[[Params], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for what has two axes or more, taken as a matrix, and Adam for the rest.
+    """Muon (Jordan et al. 2024) for kernels and tables, taken as matrices, and Adam for the rest.
 
     Args:
         learning_rate: finite, at least 0; or a function of the step.
@@ -48,7 +48,7 @@ def muon(
 
     def axes(params: Params) -> PyTree:
         def of(path: tuple[Any, ...], leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
-            if leaf.ndim < 2:
+            if not optim.is_matrix(path, leaf):
                 return None
             inputs = _num_inputs(path, leaf)
             return optax.contrib.MuonDimensionNumbers(
@@ -98,9 +98,12 @@ def muon_sgd(
     }
 
     def kind(params: Params) -> PyTree:
-        return jax.tree.map(
-            lambda p: "kernel" if p.ndim > 2 else "matrix" if p.ndim == 2 else "bias", params
-        )
+        def of(path: tuple[Any, ...], param: Array) -> str:
+            if not optim.is_matrix(path, param):
+                return "bias"
+            return "kernel" if param.ndim > 2 else "matrix"
+
+        return jax.tree_util.tree_map_with_path(of, params)
 
     decay = optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity()
     rate = optax.scale_by_learning_rate(learning_rate)

@@ -15,7 +15,9 @@ import optax
 
 from jaxnets import errors
 from jaxnets.train.mesh import path_of
-from jaxnets.typing import Params, PyTree
+from jaxnets.typing import Array, Params, PyTree
+
+_IS_BIAS = re.compile(r"(^|/)bias$")
 
 Rate = float | Callable[..., Any]
 
@@ -130,7 +132,12 @@ def adagrad(
 
 def matrices_only(params: Params) -> PyTree:
     """A decay mask that spares biases and the scales and biases of normalisations."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def is_matrix(path: tuple[Any, ...], param: Array) -> bool:
+    """Whether a parameter is a kernel or a table, and no vector; heads' biases `[N, K]` are vectors."""
+    return param.ndim > 1 and not _IS_BIAS.search(path_of(path))
 
 
 def clipped(tx: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:

@@ -41,6 +41,7 @@ def remove(folder: Path) -> None:
     marker.touch()
     files.sync(folder)  # else a power cut might leave neither this file nor the manifest
     record.unlink(missing_ok=True)
+    files.sync(folder)  # nor bring the manifest back over files that are gone
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             files.remove_tree(path)
@@ -64,7 +65,7 @@ def is_left_over(folder: Path) -> bool:
 
 def has_lost_manifest(folder: Path) -> bool:
     """Whether there was a step, of which the manifest is gone."""
-    names = (MANIFEST, UNFINISHED)
+    names = (MANIFEST, UNFINISHED, MANIFEST)  # and again: a save may have ended in between
     return not any((folder / name).exists() for name in names) and _has_files(folder)
 
 

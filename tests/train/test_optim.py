@@ -188,6 +188,21 @@ def test_muon_takes_kernels_as_the_reference_takes_its_matrices(name, x64):
     np.testing.assert_allclose(after, kept - 0.1 * newton_schulz(grad, 3), atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [muon.muon, muon.muon_sgd])
+def test_biases_of_heads_are_vectors(make):
+    """Though they are `[N, K]`: to Muon, and to what spares biases the decay."""
+    grad = jnp.asarray(np.random.default_rng(3).normal(size=(3, 4)), jnp.float32)
+    heads, flat = {"query": {"bias": grad}}, {"up": {"bias": grad.ravel()}}
+    moved = []
+    for grads in (heads, flat):
+        params = jax.tree.map(jnp.zeros_like, grads)
+        assert not any(jax.tree.leaves(optim.matrices_only(params)))
+        tx = make(0.1)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        moved.append(jax.tree.leaves(updates)[0].ravel())
+    np.testing.assert_array_equal(*moved)
+
+
 @pytest.mark.parametrize("shape", [(40, 8), (8, 40), (12, 12)])
 def test_singular_values_come_near_one_and_vectors_stay(shape, x64):
     matrix = jnp.asarray(np.random.default_rng(1).normal(size=shape))

@@ -14,7 +14,7 @@ from jaxnets.train.files import write_atomically
 from jaxnets.train.metrics_log import read_rows
 from jaxnets.train.run_folder import open_run, read_config, write_config
 
-LAST = 3
+LAST = 4  # the saves of the last two delete an older one
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(folder, disk):
             for step in range(1, LAST + 1):
                 log.write(step, {"loss": 1 / step})
                 log.sync()
-                checkpoints.save(t.at_step(state, step), score=float(-step))
+                checkpoints.save(t.at_step(state, step), score=float(step))
                 checkpoints.wait()
                 disk.promise(step)
             checkpoints.amend(LAST, score=1.0, extra={"is": "evaluated"})
