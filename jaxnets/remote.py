@@ -197,14 +197,20 @@ class ObjectPath:
         """The content as UTF-8."""
         return self.read_bytes().decode()
 
-    def read_bytes(self, start: int = 0, size: int | None = None) -> bytes:
+    def read_bytes(
+        self, start: int = 0, size: int | None = None, *, generation: int | None = None
+    ) -> bytes:
         """The content, or a part of it.
 
         Args:
             start: of the part, in bytes.
             size: of the part; None is all from there on, which only a whole object can be.
+            generation: of the object; another one is not found. None is the newest.
         """
-        part = {} if size is None else {"headers": {"Range": f"bytes={start}-{start + size - 1}"}}
+        part: dict[str, Any] = (
+            {} if size is None else {"headers": {"Range": f"bytes={start}-{start + size - 1}"}}
+        )
+        part["generation"] = _number(generation)
         return self._call("GET", "b/{}/o/{}", alt="media", **part)[1]
 
     def write(self, content: bytes, *, generation: int | None = None) -> int:

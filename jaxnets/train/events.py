@@ -1,14 +1,17 @@
 """TensorBoard's events: a convenience, which can neither stop nor hold up a run."""
 
 import contextlib
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxnets.errors import first_line
 from jaxnets.train.files import Staged
+
+_PATIENCE_S = 30.0  # at the end, for a store that doesn't answer
 
 
 class Events:
@@ -28,13 +31,15 @@ class Events:
         self._writer: Any = None
         self._staged: Staged | None = None
         self._has_failed = False
+        self._upload: threading.Thread | None = None
+        self._error: Exception | None = None  # of the upload
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add the scalars of a step."""
         self._try(lambda: self._add(step, values))
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Bring what was added to the disk, or begin to upload it unless an upload is under way."""
         self._try(self._flush)
 
     def close(self) -> None:
@@ -61,12 +66,38 @@ class Events:
     def _flush(self) -> None:
         if self._writer and self._staged:
             self._writer.flush()
-            self._staged.push()
+            if not (self._upload and self._upload.is_alive()):
+                self._begin(self._staged.push)
 
     def _close(self) -> None:
         if self._writer and self._staged:
             self._writer.close()
-            self._staged.close()
+            end = time.monotonic() + _PATIENCE_S
+            self._wait(end)
+            self._begin(self._staged.close)
+            self._wait(end)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        """Start an upload, of which there is none under way."""
+        if self._error:
+            raise self._error
+
+        def upload() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+
+        self._upload = threading.Thread(target=upload, name="events", daemon=True)
+        self._upload.start()
+
+    def _wait(self, end: float) -> None:
+        if self._upload:
+            self._upload.join(max(0.0, end - time.monotonic()))
+            if self._upload.is_alive():
+                raise TimeoutError(f"no answer for {_PATIENCE_S:g} s")
+        if self._error:
+            raise self._error
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
         # Only here: it imports PyTorch where that is installed, and sets an environment variable. Only

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxnets.errors import NonFiniteError
+from jaxnets.errors import NonFiniteError, first_line
 from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.evaluate import Stopped
 from jaxnets.train.files import Staged
@@ -180,6 +181,8 @@ class Profile:
         folder: where to.
         start: the step after which recording begins.
         num_steps: how many are recorded; 0 is none. A run that ends before ends the recording.
+
+    A profile that can't be written is a warning.
     """
 
     def __init__(self, folder: Path, start: int, num_steps: int):
@@ -192,9 +195,8 @@ class Profile:
 
     def __exit__(self, *_: object) -> None:
         if self._is_recording:
-            jax.profiler.stop_trace()
             self._is_recording = False
-            self._staged.close()
+            self._try(self._end)
 
     def __call__(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
         """Begin or end, with all steps up to this one done."""
@@ -202,13 +204,28 @@ class Profile:
             return
         if self._num_steps and self._stop is None and step >= self._start:
             metrics.read()
-            self._staged = Staged(self._folder)
-            jax.profiler.start_trace(str(self._staged.path))
             self._stop = step + self._num_steps
-            self._is_recording = True
+            self._is_recording = self._try(self._begin)
         elif self._is_recording and self._stop is not None and step >= self._stop:
             metrics.read()
             self.__exit__()
+
+    def _begin(self) -> None:
+        self._staged = Staged(self._folder)
+        jax.profiler.start_trace(str(self._staged.path))
+
+    def _end(self) -> None:
+        jax.profiler.stop_trace()
+        self._staged.close()
+
+    def _try(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except Exception as error:
+            why = f"the profile can't be written to {self._folder}: {first_line(error)}"
+            warnings.warn(f"{why}; the run goes on without it", UserWarning, stacklevel=3)
+            return False
+        return True
 
 
 class ShowProgress:

@@ -250,6 +250,26 @@ def test_a_call_is_shown_and_recorded_whole(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.parametrize("name", ["start_trace", "stop_trace"])
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, name):
+    step, state = start()
+    work = getattr(jax.profiler, name)
+
+    def full(*args):
+        if name == "stop_trace":
+            work()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, name, full)
+    with (
+        pytest.warns(UserWarning, match="profile can't be written to .*No space left.*goes on") as told,
+        Profile(tmp_path / "profile", 2, 3) as profile,
+    ):
+        state, _ = fit(step, state, Batches(12, 4, 36), hooks=[profile])
+    assert int(state.step) == 9
+    assert len(told) == 1
+
+
 def test_the_progress_never_ends_a_run():
     """It goes by a clock, which is another on each host: the loop ends all after the same step."""
     show = ShowProgress(9, 4, Evaluate(lambda state: {}, None, lambda step: False), every_s=0.0)

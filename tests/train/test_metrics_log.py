@@ -1,5 +1,6 @@
 import csv
 import json
+import threading
 
 import pytest
 
@@ -98,3 +99,58 @@ def test_events_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch):
         log.write(step, {"loss": 1.0})
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 49, "loss": 1.0}
+
+
+class Slow:
+    """A folder whose uploads wait, or fail."""
+
+    def __init__(self, path, error=None):
+        self.path, self.error = path, error
+        self.go_on, self.num_pushes, self.is_closed = threading.Event(), 0, False
+
+    def push(self):
+        self.num_pushes += 1
+        if self.error:
+            raise self.error
+        self.go_on.wait()
+
+    def close(self):
+        self.push()
+        self.is_closed = True
+
+
+def staged_in(monkeypatch, folder):
+    monkeypatch.setattr("jaxnets.train.events.Staged", lambda path: folder)
+
+
+def test_a_store_that_is_silent_holds_up_no_run(tmp_path, monkeypatch):
+    folder = Slow(tmp_path / "here")
+    staged_in(monkeypatch, folder)
+    log = MetricsLog(tmp_path, step=0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+        log.sync()
+    assert folder.num_pushes == 1  # one at a time
+    monkeypatch.setattr("jaxnets.train.events._PATIENCE_S", 0.0)
+    with pytest.warns(UserWarning, match="no answer for 0 s; the run goes on without") as told:
+        log.close()
+    assert len(told) == 1
+    folder.go_on.set()
+
+
+def test_the_last_upload_is_waited_for(tmp_path, monkeypatch):
+    folder = Slow(tmp_path / "here")
+    staged_in(monkeypatch, folder)
+    log = MetricsLog(tmp_path, step=0)
+    log.write(1, {"loss": 1.0})
+    log.sync()
+    folder.go_on.set()
+    log.close()
+    assert folder.is_closed
+
+
+def test_an_upload_that_fails_is_one_warning(tmp_path, monkeypatch):
+    staged_in(monkeypatch, Slow(tmp_path / "here", OSError(121, "the store answers 503")))
+    with pytest.warns(UserWarning, match="the store answers 503; the run goes on without") as told:
+        write(tmp_path, [1])
+    assert len(told) == 1
