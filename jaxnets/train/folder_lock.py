@@ -123,7 +123,7 @@ class _Held:
 
     def __init__(self, path: ObjectPath, me: dict[str, Any]):
         self.path, self.me, self.generation = path, me, 0
-        self._confirmed = time.monotonic()
+        self._confirmed, self._why = time.monotonic(), "no answer"
 
     def take(self) -> None:
         """Make it, or take it from an owner that is dead or silent.
@@ -163,10 +163,12 @@ class _Held:
     def beat(self, stop: threading.Event) -> None:
         """Show that the owner is alive, until it isn't the owner any more."""
         while not stop.wait(BEAT_S):
-            with contextlib.suppress(OSError):
+            try:
                 if not self.write(self.generation):
                     _give_way(self.path.parent, _owner_of(self.path))
                     return
+            except OSError as error:
+                self._why = error.strerror
 
     def watch(self, stop: threading.Event) -> None:
         """End the process before others may take the lock."""
@@ -174,8 +176,8 @@ class _Held:
             silence = time.monotonic() - self._confirmed
             if silence > LEASE_S:
                 _end(
-                    f"the lock of {self.path.parent} could not be renewed for {silence:.0f} s, and "
-                    "another run may take it soon"
+                    f"the lock of {self.path.parent} could not be renewed for {silence:.0f} s "
+                    f"({self._why}), and another run may take it soon"
                 )
                 return
 
