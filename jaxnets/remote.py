@@ -60,13 +60,15 @@ class ObjectPath:
     Args:
         bucket: its name.
         key: of the object or folder, without a slash at either end; "" is the bucket itself.
+        limit_s: how long a call may take in seconds, all tries together; None for as long as the client
+            tries. It isn't handed on to other paths.
 
     Every method that asks the store raises OSError: FileNotFoundError, PermissionError, or one with what
     the store said after several tries.
     """
 
-    def __init__(self, bucket: str, key: str):
-        self.bucket, self.key = bucket, key
+    def __init__(self, bucket: str, key: str, *, limit_s: float | None = None):
+        self.bucket, self.key, self._limit_s = bucket, key, limit_s
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.bucket}/{self.key}".rstrip("/")
@@ -85,6 +87,10 @@ class ObjectPath:
 
     def __truediv__(self, name: "str | PurePosixPath") -> "ObjectPath":
         return ObjectPath(self.bucket, f"{self.key}/{name}".strip("/"))
+
+    def within(self, limit_s: float) -> "ObjectPath":
+        """The same object, of which each call ends within so many seconds."""
+        return ObjectPath(self.bucket, self.key, limit_s=limit_s)
 
     @property
     def name(self) -> str:
@@ -146,7 +152,7 @@ class ObjectPath:
         return self.is_file() or self.is_dir()
 
     def stat(self) -> os.stat_result:
-        """Kind, size in bytes, and time in seconds of the store's clock."""
+        """Kind, and size in bytes."""
         found = self.info() if self.key else None
         if found is None and not self.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
@@ -279,7 +285,7 @@ class ObjectPath:
     def _call(self, method: str, path: str, *names: str, **options: Any) -> Any:
         given = (self.bucket, self.key)[: path.count("{}")]
         try:
-            return _store().call(method, path, *given, *names, **options)
+            return _call(self._limit_s, method, path, *given, *names, **options)
         except FileNotFoundError:
             why = "no such object, or no such bucket"
             if not path.endswith("o/{}"):
@@ -287,6 +293,9 @@ class ObjectPath:
             raise FileNotFoundError(errno.ENOENT, why, str(self)) from None
         except FileExistsError:
             raise FileExistsError(errno.EEXIST, "somebody else has written it", str(self)) from None
+        except TimeoutError:
+            why = f"no answer within {self._limit_s:g} s" if self._limit_s else "no answer"
+            raise OSError(errno.EREMOTEIO, why, str(self)) from None
         except OSError as error:
             if not str(error).startswith("Forbidden"):
                 raise _failed(self, error) from error
@@ -331,6 +340,13 @@ def _failed(path: ObjectPath, error: BaseException) -> OSError:
     line = (str(error).strip().splitlines() or [""])[0][:200]
     line = line or type(error).__name__
     return OSError(errno.EREMOTEIO, f"the store answers {code}: {line}" if code else line, str(path))
+
+
+def _call(limit_s: float | None, *args: Any, **options: Any) -> Any:
+    store = _store()
+    from fsspec.asyn import sync
+
+    return sync(store.loop, store._call, *args, timeout=limit_s, **options)
 
 
 @functools.cache

@@ -121,7 +121,8 @@ def train(
         folder / "checkpoints", maximize=recipe.maximize, num_best=options.keep_best
     ) as checkpoints:
         if hosts.count() == 1:  # of several processes all are asked together, or none
-            stop.saved = checkpoints.latest
+            checkpoints.latest()  # from here on `newest` is known
+            stop.saved = lambda: checkpoints.newest
         state, spent = resume.start(checkpoints, recipe, strategy, folder, make_state(recipe))
         on_start()
         say(_what_runs(folder, strategy))

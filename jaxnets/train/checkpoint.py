@@ -49,6 +49,10 @@ class Checkpoints:
         maximize: whether a greater score is the better one.
         num_best: how many of the best are kept, at least 1.
         num_recent: how many of the latest are kept, at least 1; with 2 there is one to fall back to.
+
+    Attributes:
+        newest: the newest step that is known of saves and from the last look at the folder, or None; to
+            be asked from any thread, since it waits for nothing. Of several processes the first knows.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Checkpoints:
         self._num_best, self._num_recent = num_best, num_recent
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self.newest: int | None = None
         self._whole: dict[int, Manifest] = {}  # what this object has seen to be so
 
     def __enter__(self) -> "Checkpoints":
@@ -125,7 +130,12 @@ class Checkpoints:
 
     def discard(self, step: int) -> None:
         """Delete a step."""
-        by_first("checkpoints/discard", lambda: self._discard(step))
+
+        def discard() -> None:
+            self._discard(step)
+            self._steps()
+
+        by_first("checkpoints/discard", discard)
 
     def newest_whole(self, *, set_aside: bool = True) -> tuple[int | None, list[str]]:
         """The newest step whose files are what was written; damaged ones after it are set aside.
@@ -153,6 +163,7 @@ class Checkpoints:
             break
         else:
             found = None
+        self.newest = found
         if found is not None and set_aside:
             return found, by_first("checkpoints/aside", lambda: self._set_aside(damaged, found))
         if found is not None:
@@ -391,6 +402,7 @@ class Checkpoints:
                         step_folder.remove(folder)
                 why = str(error) if error is failure else self._why(error)
                 raise self._failed(record.step, why) from (error.__cause__ or error)
+            self.newest = record.step
             # The step is complete. What can't be deleted now is tried again after the next save.
             with contextlib.suppress(OSError):
                 self._discard_old(keep | {record.step})
@@ -420,9 +432,10 @@ class Checkpoints:
         return [int(path.name) for path in paths if step_folder.has_lost_manifest(path)]
 
     def _steps(self) -> list[int]:
-        return sorted(
-            int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit()
-        )
+        names = [path.parent.name for path in self.folder.glob(f"*/{MANIFEST}")]
+        steps = sorted(int(name) for name in names if name.isdigit())
+        self.newest = max(steps, default=None)
+        return steps
 
     def _ranked(self) -> list[int]:
         scores = {}

@@ -48,8 +48,8 @@ class StopOnSignal:
     Args:
         grace_s: how long after SIGTERM the loop may take to come back, in seconds; 0 for no limit. It
             should be less than what the machine gives before it kills.
-        saved: `saved()` is the step of the newest whole checkpoint, or None; asked from another thread.
-            Without it nothing is taken for saved.
+        saved: `saved()` is the step of the newest whole checkpoint, or None; asked from another thread,
+            which it mustn't keep waiting. Without it nothing is taken for saved.
 
     Attributes:
         signal: the number of the signal that arrived, or None.

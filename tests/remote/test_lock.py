@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
+import types
 import warnings
 
 import pytest
@@ -54,29 +56,112 @@ def test_of_many_at_once_one_gets_it(store, bucket, folder):
     assert (len(got), len(refused)) == (1, 3)
 
 
-def test_a_lock_of_another_host_counts_until_it_is_silent(store, bucket, folder):
+@pytest.fixture
+def sleeps(monkeypatch):
+    """A clock that only sleeping moves; after each sleep the next of its events happens."""
+    found = types.SimpleNamespace(now=1000.0, events=[])
+
+    def sleep(seconds):
+        found.now += seconds
+        if found.events:
+            found.events.pop(0)()
+
+    found.monotonic, found.sleep = lambda: found.now, sleep
+    monkeypatch.setattr(folder_lock, "time", found)
+    return found
+
+
+def test_a_lock_of_another_host_counts_until_it_is_silent(store, bucket, folder, sleeps, capsys):
+    for age, wait in ((50, 10), (SILENT_S + 1, 0)):
+        store.clock = 0.0
+        put_lock(store, bucket)
+        store.clock = age
+        begun = sleeps.now
+        with pytest.warns(UserWarning, match="taking it over"), locked(folder):
+            assert json.loads(lock_of(store, bucket).content)["pid"] == os.getpid()
+        assert sleeps.now - begun == pytest.approx(wait, abs=1)
+        said = capsys.readouterr().err
+        line = "waiting up to 10 s for the lock of process 1 on elsewhere, silent for 50 s"
+        assert (line in said) == (wait > 0)
+        assert store.objects[bucket] == {}
+
+
+def test_a_lock_of_another_host_that_beats_is_refused(store, bucket, folder, sleeps):
     put_lock(store, bucket)
-    store.clock = SILENT_S - 1
-    with pytest.raises(errors.ConfigError, match="silent for 59 s"), locked(folder):
+    sleeps.events = [lambda: None, lambda: put_lock(store, bucket, host="third")]
+    with pytest.raises(errors.ConfigError, match="process 1 on third"), locked(folder):
         pass
-    store.clock = SILENT_S + 1
-    with pytest.warns(UserWarning, match="taking it over"), locked(folder):
-        assert json.loads(lock_of(store, bucket).content)["pid"] == os.getpid()
-    assert store.objects[bucket] == {}
+    assert not sleeps.events
+    sleeps.events = [store.objects[bucket].clear]  # it ends
+    with locked(folder):
+        assert not sleeps.events
 
 
-def test_a_lock_of_a_dead_process_of_this_host_does_not_count(store, bucket, folder):
+def test_a_lock_of_a_dead_process_of_this_host_does_not_count(store, bucket, folder, sleeps):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    process = dead.pid
-    put_lock(store, bucket, **folder_lock._here(), pid=process)
+    ours = folder_lock._me()
+    for owner in ({"pid": dead.pid}, {"born": "1"}):  # another process has its number now
+        put_lock(store, bucket, **{**ours, **owner})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with locked(folder):
+                pass
+    assert sleeps.now == 1000
+    # The same number may be another process there.
+    put_lock(store, bucket, **{**ours, "pids": "another", "pid": dead.pid})
+    with pytest.warns(UserWarning, match="taking it over"), locked(folder):
+        pass
+    assert sleeps.now == 1000 + SILENT_S
+
+
+def test_a_lock_that_goes_while_it_is_looked_at_is_made_again(store, bucket, folder):
+    put_lock(store, bucket)
+
+    def fault(method, name):
+        if method == "INFO":
+            store.objects[bucket].clear()
+            store.fault = lambda method, name: None
+
+    store.fault = fault
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with locked(folder):
-            pass
-    put_lock(store, bucket, **{**folder_lock._here(), "pids": "another"}, pid=process)
-    with pytest.raises(errors.ConfigError, match="silent"), locked(folder):
-        pass  # the same number may be another process there
+            assert json.loads(lock_of(store, bucket).content)["pid"] == os.getpid()
+
+
+def test_an_owner_that_gets_no_answer_leaves(store, bucket, folder, monkeypatch, capfd):
+    """The store takes the connection, and says nothing to the lock alone."""
+    left, answer, asked = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(folder_lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(folder_lock, "LEASE_S", 0.5)
+    monkeypatch.setattr(folder_lock, "_leave", left.set)
+
+    def fault(method, name):
+        if name.endswith(LOCK) and method == "PUT":
+            asked.set()
+            answer.wait(60)
+
+    try:
+        with locked(folder):
+            store.fault = fault
+            assert asked.wait(60)
+            (folder / "x").write(b"1")  # everything else goes on
+            assert left.wait(60)
+            answer.set()
+    finally:
+        answer.set()
+    assert re.search(r"could not be renewed for \d+ s \(no answer\)", capfd.readouterr().err)
+
+
+def test_a_call_about_a_lock_ends_soon(store, folder):
+    answer = threading.Event()
+    store.fault = lambda method, name: answer.wait(60) and None
+    try:
+        with pytest.raises(OSError, match=r"no answer within 0.1 s"):
+            (folder / LOCK).within(0.1).write(b"")
+    finally:
+        answer.set()
 
 
 def test_the_owner_beats_and_leaves_when_it_was_taken_over(store, bucket, folder, monkeypatch, capfd):

@@ -11,6 +11,7 @@ import pytest
 from experiments import cifar10
 from jaxnets import cli
 from jaxnets.train import Checkpoints
+from jaxnets.train.folder_lock import LOCK
 from tests import test_kill
 from tests.test_kill import QUIET, ROOT, assert_same, command, final, start, write_data
 
@@ -128,7 +129,8 @@ def test_a_store_that_refuses_ends_the_run_in_a_line(store, folder, tmp_path, ca
 
     def after_a_save(method, name):
         seen.append(name.endswith("00000002/manifest.json") and method == "PUT")
-        return 403 if any(seen[:-1]) and method in ("PUT", "BEGIN") else None
+        is_refused = any(seen[:-1]) and method in ("PUT", "BEGIN")
+        return 403 if is_refused and not name.endswith(LOCK) else None  # which would end this process
 
     store.fault = after_a_save
     assert main(folder, data) == 2
@@ -149,7 +151,7 @@ def test_a_store_that_is_down_ends_the_run_in_a_line(store, folder, tmp_path, ca
 
     def down(method, name):
         seen.append(name.endswith("00000002/manifest.json") and method == "PUT")
-        return 503 if any(seen[:-1]) else None
+        return 503 if any(seen[:-1]) and not name.endswith(LOCK) else None  # it would end this process
 
     store.fault = down
     assert main(folder, data) == 2

@@ -110,6 +110,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, strategy):
         for step, score in enumerate([0.1, 0.7, 0.7, None, 0.3], start=1):
             checkpoints.save(at_step(state, step), score=score)
             checkpoints.wait()
+            assert checkpoints.newest == step
             assert checkpoints.latest() == step
         assert checkpoints.steps() == [2, 4, 5]
         assert checkpoints.best() == 2
@@ -120,6 +121,20 @@ def test_the_latest_and_the_best_are_kept(tmp_path, strategy):
             checkpoints.save(at_step(state, step), score=score)
         checkpoints.wait()
         assert checkpoints.best() == 2
+
+
+def test_the_newest_step_is_known_without_a_look(saved):
+    """A thread that serves a signal asks for it, and must not wait for a store."""
+    folder, state = saved
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.newest is None
+    assert checkpoints.newest_whole()[0] == checkpoints.newest == 3
+    checkpoints.save(at_step(state, 4))
+    checkpoints.wait()
+    assert checkpoints.newest == 4
+    checkpoints.discard(4)
+    shutil.rmtree(folder)
+    assert checkpoints.newest == 3
 
 
 def test_several_of_the_best_are_kept(tmp_path, strategy):

@@ -77,7 +77,7 @@ def stuck(path, content):
 
 files.write_atomically = stuck
 checkpoints = checkpoint.Checkpoints(os.environ["FOLDER"])
-with StopOnSignal(grace_s=1, saved=checkpoints.latest).installed() as stop:
+with StopOnSignal(grace_s=1, saved=lambda: checkpoints.newest).installed() as stop:
     checkpoints.save(state(1))
     checkpoints.save(state(2))
     step_of(stop, 2)
@@ -186,7 +186,7 @@ def train(folder, signals=()):
 
     with (
         Checkpoints(folder / "checkpoints", num_best=2) as checkpoints,
-        StopOnSignal(saved=checkpoints.latest).installed() as stop,
+        StopOnSignal(saved=lambda: checkpoints.newest).installed() as stop,
     ):
         spent = {}
         if (latest := checkpoints.latest()) is not None:

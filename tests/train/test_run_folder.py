@@ -3,11 +3,13 @@ import errno
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -204,24 +206,82 @@ def test_a_disk_that_is_full_or_may_only_be_read(small_disk):
 OTHER = {"host": "elsewhere", "boot": "1234", "pid": 7, "run": "abc"}
 
 
-def test_a_lock_of_another_host_counts_until_it_is_silent(tmp_path, monkeypatch):
+@pytest.fixture
+def sleeps(monkeypatch):
+    """A clock that only sleeping moves; after each sleep the next of its events happens."""
+    found = SimpleNamespace(now=1000.0, events=[])
+
+    def sleep(seconds):
+        found.now += seconds
+        if found.events:
+            found.events.pop(0)()
+
+    found.monotonic, found.sleep = lambda: found.now, sleep
+    monkeypatch.setattr(folder_lock, "time", found)
+    return found
+
+
+def test_a_lock_of_another_host_counts_until_it_is_silent(tmp_path, monkeypatch, sleeps, capsys):
     """Whose kernel's own lock may not show here; the clock of this host plays no part."""
     run(tmp_path / "r")
     lock = tmp_path / "r" / ".lock"
     now = lock.stat().st_mtime
     monkeypatch.setattr("time.time", lambda: now + 1e6)
-    for age, is_alive in ((0, True), (50, True), (70, False), (1e6, False), (-1e4, False)):
+    for age, wait in ((0, 60), (50, 10), (70, 0), (1e6, 0), (-1e4, 0)):
         lock.write_text(json.dumps(OTHER))
         os.utime(lock, (lock.stat().st_mtime - age,) * 2)
-        if is_alive:
-            line = refusal(tmp_path / "r")
-            assert "process 7 on elsewhere, silent for" in line
-            assert json.loads(lock.read_text()) == OTHER
-        else:
-            with pytest.warns(UserWarning, match=r"process 7 on elsewhere.*silent.*taking it over"):
-                run(tmp_path / "r")
-            assert lock.read_text() == ""  # and given back
+        begun = sleeps.now
+        with pytest.warns(UserWarning, match=r"process 7 on elsewhere.*silent.*taking it over"):
+            run(tmp_path / "r")
+        assert sleeps.now - begun == pytest.approx(wait, abs=1)
+        said = capsys.readouterr().err
+        assert ("waiting up to" in said) == (wait > 0)
+        assert not wait or "the lock of process 7 on elsewhere, silent for" in said
+        assert lock.read_text() == ""  # and given back
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [".lock", "config.json"]
+
+
+def test_a_lock_of_another_host_that_beats_is_refused(tmp_path, sleeps):
+    run(tmp_path / "r")
+    lock = tmp_path / "r" / ".lock"
+    third = {**OTHER, "host": "third"}
+    for happens, owner in (
+        (lambda: os.utime(lock), OTHER),  # it beats
+        (lambda: lock.write_text(json.dumps(third)), third),  # who waited too was faster
+    ):
+        lock.write_text(json.dumps(OTHER))
+        os.utime(lock, (lock.stat().st_mtime - 50,) * 2)
+        sleeps.events = [lambda: None, happens]
+        assert f"process 7 on {owner['host']}) is running" in refusal(tmp_path / "r")
+        assert not sleeps.events
+        assert json.loads(lock.read_text()) == owner
+    lock.write_text(json.dumps(OTHER))
+    sleeps.events = [lambda: lock.write_text("")]  # it ends
+    run(tmp_path / "r")
+    assert not sleeps.events
+
+
+def test_a_signal_ends_the_wait_for_a_lock(tmp_path):
+    """It isn't training yet, and nothing is to be saved."""
+    script = """
+        import pathlib, sys
+        from jaxnets.train.folder_lock import locked
+        with locked(pathlib.Path(sys.argv[1])):
+            pass
+    """
+    waiting = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / ".lock").write_text(json.dumps(OTHER))
+        command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+        waiting[number] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for number, process in waiting.items():
+        with process:
+            assert "waiting up to" in process.stderr.readline()
+            process.send_signal(number)
+            assert process.wait(30) == -number
+        assert json.loads((tmp_path / str(number) / ".lock").read_text()) == OTHER
 
 
 def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkeypatch):
@@ -231,6 +291,9 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
     monkeypatch.setattr("fcntl.flock", unsupported)
     with open_run(tmp_path / "r", "digits", VALUES):
         assert f"process {os.getpid()} on " in refusal(tmp_path / "r")
+    run(tmp_path / "r")
+    dead = {**folder_lock._me(), "born": "1"}  # another process has its number now
+    (tmp_path / "r" / ".lock").write_text(json.dumps(dead))
     run(tmp_path / "r")
 
 
