@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli, data, registry, runner
+from jaxnets import cli, data, registry, run
 
 SMALL = ["--no-pictures", "--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -156,13 +156,13 @@ def test_several_steps_in_a_call(tmp_path, monkeypatch, capsys):
     """The run is the same: its rows, its evaluations, and to rounding its numbers."""
     calls = []
 
-    class Counted(runner.Several):
+    class Counted(run.Several):
         def fits(self, i, end):
             fits = super().fits(i, end)
             calls.append((i, fits))
             return fits
 
-    monkeypatch.setattr(runner, "Several", Counted)
+    monkeypatch.setattr(run, "Several", Counted)
     rows = {}
     for count in (1, 4):
         words = ["--steps", "22", "--eval-every", "9", "--log-every", "1", "--no-pictures"]
@@ -451,12 +451,12 @@ def test_training_is_guarded_against_compiling_again(tmp_path, monkeypatch):
     """The last of the three batches is short, and still there is one signature."""
     guards = []
 
-    class Recorded(runner.ShapeGuard):
+    class Recorded(run.ShapeGuard):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             guards.append(self)
 
-    monkeypatch.setattr(runner, "ShapeGuard", Recorded)
+    monkeypatch.setattr(run, "ShapeGuard", Recorded)
     assert cifar("train", *SMALL, "--epochs", "0.1", "--num-devices", "1") == 0
     assert [guard.num_signatures for guard in guards] == [1]
 

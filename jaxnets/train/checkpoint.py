@@ -25,10 +25,10 @@ from jaxnets.errors import first_line
 from jaxnets.remote import as_path
 from jaxnets.train import array_store, files, hosts, manifest, step_folder
 from jaxnets.train.at_exit import wait_at_exit
-from jaxnets.train.health import fresh_health
+from jaxnets.train.health import abstract_health, fresh_health
 from jaxnets.train.host_copy import copied_to_host, renewed
 from jaxnets.train.manifest import MANIFEST, Manifest, describe
-from jaxnets.train.state import TrainState
+from jaxnets.train.state import TrainState, as_dict
 from jaxnets.train.verdict import by_first, together
 from jaxnets.typing import PyTree
 
@@ -226,7 +226,7 @@ class Checkpoints:
         step = int(state.step)
         if not by_first("checkpoints/begin", lambda: self._begin(step)):
             return
-        copy = self._copied(step, _as_dict(state))
+        copy = self._copied(step, as_dict(state))
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)
@@ -279,8 +279,10 @@ class Checkpoints:
         wants_health = abstract.health is not None
         has_health = any(name.startswith("health/") for name in found.arrays)
         if has_health != wants_health:
-            abstract = dataclasses.replace(abstract, health=_health_at(abstract) if has_health else None)
-        wanted = describe(_as_dict(abstract))
+            abstract = dataclasses.replace(
+                abstract, health=abstract_health(abstract.guard.sharding) if has_health else None
+            )
+        wanted = describe(as_dict(abstract))
         for name in sorted(wanted.keys() | found.arrays.keys()):
             there, here = found.arrays.get(name), wanted.get(name)
             if there != here:
@@ -300,7 +302,7 @@ class Checkpoints:
             timeout_s=_TIMEOUT_S,
         )
         # Fresh from Orbax arrays can't be donated, and the first step would hold the state twice.
-        state = TrainState(**renewed(loaded.pop(), _as_dict(abstract)))
+        state = TrainState(**renewed(loaded.pop(), as_dict(abstract)))
         if has_health != wants_health:
             place = abstract.guard.sharding
             health = jax.jit(fresh_health, out_shardings=place)() if wants_health else None
@@ -340,7 +342,7 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: TrainState, wanted: Mapping[str, str]) -> PyTree:
         try:
-            restored = array_store.load(self._path(step) / _STATE, _as_dict(abstract))
+            restored = array_store.load(self._path(step) / _STATE, as_dict(abstract))
         except Exception as error:
             manifest.check_is_there(self._path(step), step)
             raise errors.CheckpointError(
@@ -495,15 +497,3 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
-
-
-def _health_at(abstract: TrainState) -> Any:
-    place = abstract.guard.sharding
-    shapes = jax.eval_shape(fresh_health)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-
-
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    """The fields by name, as they are stored; those that came later only where they are in use."""
-    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return found if found["health"] is not None else {k: v for k, v in found.items() if k != "health"}

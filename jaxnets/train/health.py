@@ -7,6 +7,7 @@ compiled step, from values that are the same on every device.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,12 @@ def fresh_health() -> Health:
     # Each has memory of its own: the step is given all of it.
     numbers = (jnp.zeros((), jnp.int32) for _ in range(3))
     return Health(*numbers, *(jnp.zeros(2, jnp.float32) for _ in range(2)))
+
+
+def abstract_health(place: Any) -> Any:
+    """Shapes and dtypes of the counters, with a sharding."""
+    shapes = jax.eval_shape(fresh_health)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def uses_health(on_nonfinite: str, max_spike: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +74,9 @@ def create_state(
         guard=jnp.full((), -1, jnp.int32),
         health=fresh_health() if use_health else None,
     )
+
+
+def as_dict(state: TrainState) -> dict[str, Any]:
+    """The fields by name, as they are stored; those that came later only where they are in use."""
+    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return found if found["health"] is not None else {k: v for k, v in found.items() if k != "health"}
