@@ -7,12 +7,15 @@ from typing import Any
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.recipe import Recipe
+from jaxnets.train import step_folder
 from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.hosts import say
 from jaxnets.train.loop import Clock
+from jaxnets.train.manifest import MANIFEST, damaged, read_manifest
 from jaxnets.train.metrics_log import read_rows
 from jaxnets.train.sharding import Strategy
 from jaxnets.train.state import TrainState
+from jaxnets.train.verdict import by_first
 
 
 def start(
@@ -81,6 +84,8 @@ def read(checkpoints: Checkpoints, chosen: str, abstract: TrainState) -> tuple[i
         for line in lines:
             say(f"warning: {line}")
     elif chosen == "best":
+        for line in by_first("resume/unranked", lambda: _unranked(checkpoints.folder)):
+            say(f"warning: {line}; it may have been the best")
         step = checkpoints.best()
     elif chosen.isdigit():
         step = int(chosen)
@@ -93,6 +98,20 @@ def read(checkpoints: Checkpoints, chosen: str, abstract: TrainState) -> tuple[i
     except errors.DamagedError as error:
         whole = [str(other) for other in checkpoints.steps() if checkpoints.is_whole(other)]
         raise errors.DamagedError(f"{error} (whole are: {', '.join(whole) or 'none'})") from error
+
+
+def _unranked(folder: Path) -> list[str]:
+    """What is wrong with the steps whose scores can't be known."""
+    lines = []
+    for path in step_folder.numbered(folder):
+        try:
+            if not step_folder.is_left_over(path):
+                read_manifest(path)
+        except FileNotFoundError:
+            lines.append(str(damaged(int(path.name), path / MANIFEST)))
+        except errors.CheckpointError as error:
+            lines.append(str(error))
+    return lines
 
 
 def add(spent: Mapping[str, Any], clock: Clock, recipe: Recipe, options: RunOptions) -> dict[str, Any]:

@@ -111,6 +111,14 @@ def test_an_evaluation_of_a_run_whose_newest_checkpoint_is_damaged(tmp_path, cap
         (line,) = capsys.readouterr().err.splitlines()
         assert "step 6 is damaged" in line
         assert line.endswith("choose another step (whole are: 4)")
+    record = folder / "00000006" / "manifest.json"
+    kept = record.read_bytes()
+    record.unlink()
+    assert cifar("eval", "--checkpoint", "best") == 2  # no other has a score
+    told, error = capsys.readouterr().err.splitlines()
+    assert "manifest.json is missing; it may have been the best" in told
+    assert "no best checkpoint" in error
+    record.write_bytes(kept)
     assert cifar("eval", "--checkpoint", "4") == 0
     for path in folder.rglob("*"):
         if path.is_file() and path != harmed:

@@ -152,10 +152,9 @@ def check_is_there(folder: Path, step: int) -> None:
 
 
 def damaged(step: int, path: Path) -> errors.DamagedError:
-    """The error for a file that isn't what was written."""
-    return errors.DamagedError(
-        f"the checkpoint of step {step} is damaged: {path} is not what was written"
-    )
+    """The error for a file that isn't what was written, or isn't there."""
+    how = "is not what was written" if path.exists() else "is missing"
+    return errors.DamagedError(f"the checkpoint of step {step} is damaged: {path} {how}")
 
 
 def _unreadable(path: Path, error: OSError) -> errors.CheckpointError:

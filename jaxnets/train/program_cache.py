@@ -24,7 +24,10 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jaxlib.version import __version__ as jaxlib_version
 
+from jaxnets import errors
 from jaxnets.ops import onednn
+from jaxnets.remote import as_path, is_remote
+from jaxnets.train import hosts
 
 FOLDER = "~/.cache/jaxnets/xla"
 _lock = threading.RLock()
@@ -74,11 +77,14 @@ def opened(folder: Path | None = None, *, use: bool = True) -> Iterator[Uses]:
 
     Args:
         folder: where; by default that of JAX's own option, if the user has set it, with the user's
-            thresholds, and otherwise `~/.cache/jaxnets/xla`.
+            thresholds, and otherwise `~/.cache/jaxnets/xla`, or nowhere with several processes.
         use: false to compile everything. JAX's own switch turns the cache off as well.
 
     Yields:
         what is taken from it, counted while this is open.
+
+    Raises:
+        ConfigError: if the folder is one of an object store.
     """
     changes: dict[str, Any] = {}
     used = mine = None
@@ -88,6 +94,12 @@ def opened(folder: Path | None = None, *, use: bool = True) -> Iterator[Uses]:
         pass
     elif folder is None and _option("jax_compilation_cache_dir"):
         used = Path(_option("jax_compilation_cache_dir"))
+    elif folder is None and hosts.count() > 1:
+        # JAX keeps what the first process compiles alone: at the next start the others would compile
+        # while it waits for them in its first step, on a CPU for 30 s at most.
+        changes["jax_enable_compilation_cache"] = False
+    elif folder is not None and is_remote(as_path(folder)):
+        raise errors.ConfigError(f"compiled programs are kept on a disk, not in {folder}")
     else:
         used = mine = _prepared(Path(FOLDER) if folder is None else folder)
         # Without a folder of ours none is used: one in JAX's option isn't what was asked for.

@@ -44,6 +44,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {"experiment": str(content["experiment"]), "config": dict(content["config"])}
     except (FileNotFoundError, NotADirectoryError):
         raise errors.ConfigError(f"{folder} is not the folder of a run: it has no {CONFIG}") from None
+    except OSError as error:
+        raise errors.ConfigError(f"{path} can't be read: {errors.first_line(error)}") from None
     except (ValueError, KeyError, TypeError):
         raise errors.ConfigError(f"{path} can't be read; it is damaged") from None
 

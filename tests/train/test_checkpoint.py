@@ -189,7 +189,7 @@ def test_a_step_that_lost_its_manifest_is_kept(saved, strategy, capsys):
     assert (step, len(lines)) == (3, 2)
     for number in (2, 5):
         (line,) = [line for line in lines if f"step {number} is damaged: " in line]
-        assert "manifest.json is not what was written; it is kept as 0000000" in line
+        assert "manifest.json is missing; it is kept as 0000000" in line
     assert sorted(p.name for p in (folder / "00000005.damaged").rglob("*")) == lost
     (folder / "00000005.damaged").rename(folder / "00000005")
     with Checkpoints(

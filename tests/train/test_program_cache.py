@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax._src import lru_cache, monitoring
 
+from jaxnets import errors
 from jaxnets.train import program_cache
 from jaxnets.train.program_cache import machine, opened, prune
 
@@ -178,6 +179,23 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     assert lines[1].endswith("below: Permission denied")
     assert lines[2] == lines[4] == "3.0 None"
     assert lines[3].endswith("can't be written")
+
+
+def test_several_processes_keep_none_unless_told_where(tmp_path, monkeypatch, no_folder_of_the_users):
+    """JAX would keep those of the first one alone, and the next start find one process far ahead."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(program_cache.hosts, "count", lambda: 2)
+    with opened():
+        compute()
+    assert list(tmp_path.iterdir()) == []
+    with opened(tmp_path / "a"):
+        compute()
+    assert list((tmp_path / "a").iterdir())
+    with (
+        pytest.raises(errors.ConfigError, match="on a disk, not in gs:/"),
+        opened(Path("gs://bucket/a")),
+    ):
+        pass
 
 
 def test_a_damaged_entry_is_compiled_again_and_mended(tmp_path):
