@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import types
 
 # Before JAX is imported: eight devices stand in for chips. A mesh takes the first n.
 # XLA aborts the process where one of them waits longer than 40 s for the others, which on a busy
@@ -64,3 +65,20 @@ def x64():
     """Float64 while the test runs."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """A clock for locks that only sleeping moves; after each sleep the next of its events happens."""
+    from jaxnets.train import folder_lock
+
+    found = types.SimpleNamespace(now=1000.0, events=[])
+
+    def sleep(seconds):
+        found.now += seconds
+        if found.events:
+            found.events.pop(0)()
+
+    found.monotonic, found.sleep = lambda: found.now, sleep
+    monkeypatch.setattr(folder_lock, "time", found)
+    return found

@@ -250,8 +250,8 @@ def read_example(
         except Exception as error:
             if not max_unreadable:
                 raise
-            is_ours = isinstance(error, errors.UserError)
-            why = why or str(error if is_ours else f"{type(error).__name__}: {error}").splitlines()[0]
+            say = errors.first_line if isinstance(error, errors.UserError) else errors.named_line
+            why = why or say(error)
     raise errors.DataError(
         f"{max_unreadable + 1} examples in a row can't be read, more than the {max_unreadable} that may "
         f"be left out; the first, example {i}: {why}"

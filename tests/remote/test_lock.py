@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import threading
-import types
 import warnings
 
 import pytest
@@ -54,21 +53,6 @@ def test_of_many_at_once_one_gets_it(store, bucket, folder):
     for thread in threads:
         thread.join()
     assert (len(got), len(refused)) == (1, 3)
-
-
-@pytest.fixture
-def sleeps(monkeypatch):
-    """A clock that only sleeping moves; after each sleep the next of its events happens."""
-    found = types.SimpleNamespace(now=1000.0, events=[])
-
-    def sleep(seconds):
-        found.now += seconds
-        if found.events:
-            found.events.pop(0)()
-
-    found.monotonic, found.sleep = lambda: found.now, sleep
-    monkeypatch.setattr(folder_lock, "time", found)
-    return found
 
 
 def test_a_lock_of_another_host_counts_until_it_is_silent(store, bucket, folder, sleeps, capsys):

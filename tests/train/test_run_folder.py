@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from types import SimpleNamespace
 
 import processes
 import pytest
@@ -204,21 +203,6 @@ def test_a_disk_that_is_full_or_may_only_be_read(small_disk):
 
 
 OTHER = {"host": "elsewhere", "boot": "1234", "pid": 7, "run": "abc"}
-
-
-@pytest.fixture
-def sleeps(monkeypatch):
-    """A clock that only sleeping moves; after each sleep the next of its events happens."""
-    found = SimpleNamespace(now=1000.0, events=[])
-
-    def sleep(seconds):
-        found.now += seconds
-        if found.events:
-            found.events.pop(0)()
-
-    found.monotonic, found.sleep = lambda: found.now, sleep
-    monkeypatch.setattr(folder_lock, "time", found)
-    return found
 
 
 def test_a_lock_of_another_host_counts_until_it_is_silent(tmp_path, monkeypatch, sleeps, capsys):
