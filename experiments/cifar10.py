@@ -58,8 +58,8 @@ class Config:
     # run, as 20 20 24 28: small images at first take less time. As they are by default, and always in
     # evaluation.
     train_sizes: tuple[int, ...] = ()
-    # Views of each image over whose logits evaluation takes the mean: 1, 2 (and its mirror image), or 6
-    # (and both moved by a pixel up and left, and down and right).
+    # Views of each image over whose logits evaluation takes the mean: 1, 2 (and its mirror image), or
+    # six: both moved by a pixel up and left, and down and right, as well.
     eval_views: int = 1
     dtype: str = "float32"  # of the computation: float32 or bfloat16
     patience: int = 0  # evaluations without a better one after which the run ends; 0 is never

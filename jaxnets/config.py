@@ -14,7 +14,7 @@ from jaxnets import errors
 from jaxnets.remote import as_path, is_remote
 
 T = TypeVar("T")
-# A folder on the disk, or gs://bucket/folder: a plain path would lose a slash.
+# A folder on the disk, or gs://bucket/folder (also to be refused): a plain path would lose a slash.
 Folder = Annotated[
     Path | None,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -31,87 +31,76 @@ Folder = Annotated[
 class RunOptions:
     """Where and how an experiment runs; all of it may change when a run is resumed."""
 
-    run_dir: Folder = None
-    """Folder of this run, or gs://BUCKET/FOLDER; runs/EXPERIMENT by default."""
+    run_dir: Folder = None  # Folder of this run, or gs://BUCKET/FOLDER; runs/EXPERIMENT by default.
+    # Folder with the data sets, or gs://BUCKET/FOLDER, of which a copy is kept on this host; by default
+    # that of $JAXNETS_DATA, or ~/.cache/jaxnets/data.
     data_dir: Folder = None
-    """Folder with the data sets, or gs://BUCKET/FOLDER, of which a copy is kept on this host;
-    $JAXNETS_DATA or ~/.cache/jaxnets/data by default."""
+    # What to do about local data files with another digest than the official: warn or strict.
     verify: str = "warn"
-    """What to do about local data files with another digest than the official: warn or strict."""
+    # Go on where the run in the folder stopped. Otherwise an earlier run is moved aside.
     resume: bool = True
-    """Go on where the run in the folder stopped. Otherwise an earlier run is moved aside."""
+    # Go on although the config differs from the one that the run was started with.
     allow_change: bool = False
-    """Go on although the config differs from the one that the run was started with."""
+    # How training is spread over devices: jit or pmap, each a part of the batch and the whole state;
+    # fsdp, the state is cut up as well; tensor, the model is, and each has the whole batch.
     strategy: str = "jit"
-    """How training is spread over devices: jit or pmap, each a part of the batch and the whole state;
-    fsdp, the state is cut up as well; tensor, the model is, and each has the whole batch."""
+    # Sizes of the mesh's axes, such as data=2,fsdp=2,tensor=2, in place of --strategy.
     mesh: str | None = None
-    """Sizes of the mesh's axes, such as data=2,fsdp=2,tensor=2, in place of --strategy."""
+    # How many devices to use, of all processes together; all by default.
     num_devices: int | None = None
-    """How many devices to use, of all processes together; all by default."""
+    # If not 0, compute each step in the order of so many shards of the batch, so that it is the same
+    # bit for bit on any number of devices that divides it. BatchNorm then takes a shard's statistics.
     fixed_order: int = 0
-    """If not 0, compute each step in the order of so many shards of the batch, so that it is the same
-    bit for bit on any number of devices that divides it. BatchNorm then takes a shard's statistics."""
+    # HOST:PORT of process 0, for a run of several processes, or auto on a cluster that says it itself:
+    # Cloud TPU, SLURM, Open MPI, Kubernetes.
     coordinator: str | None = None
-    """HOST:PORT of process 0, for a run of several processes, or "auto" on a cluster that says it itself
-    (Cloud TPU, SLURM, Open MPI, Kubernetes)."""
-    num_processes: int | None = None
-    """How many processes the run has."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
+    num_processes: int | None = None  # How many processes the run has.
+    process_id: int | None = None  # Which of them this is, from 0.
+    # Seconds of silence after which a process of the run is taken for dead, and the others end.
     heartbeat_s: float = 100.0
-    """Seconds of silence after which a process of the run is taken for dead, and the others end."""
+    # Seconds after SIGTERM in which the run comes to the end of its step and saves; 0 is no limit.
     grace_s: float = 25.0
-    """Seconds after SIGTERM in which the run comes to the end of its step and saves; 0 is no limit."""
+    # End the run with the stacks of all processes if waiting for data, a step or a batch of evaluation
+    # takes longer than this, in seconds; 0 is never. Compiling and saving have no limit.
     watchdog_s: float = 600.0
-    """End the run with the stacks of all processes if waiting for data, a step or a batch of evaluation
-    takes longer than this, in seconds; 0 is never. Compiling and saving have no limit."""
+    # On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
+    # little more than a millisecond.
     threads: int | None = None
-    """On a CPU, threads that XLA computes with; all cores by default. One is faster where a step takes
-    little more than a millisecond."""
+    # Steps that a call of the compiled program takes, where nothing needs the state in between. It
+    # saves time where a step takes little longer than a call; for data in memory and --strategy jit.
     steps_per_call: int = 1
-    """Steps that a call of the compiled program takes, where nothing needs the state in between. It
-    saves time where a step takes little longer than a call; for data in memory and --strategy jit."""
-    jit: bool = True
-    """Compile. Otherwise run eagerly on one device, for debugging."""
+    jit: bool = True  # Compile. Otherwise run eagerly on one device, for debugging.
+    # Read data as it is needed, as folders of images always are, although it fits on the device.
     stream: bool = False
-    """Read data as it is needed, as folders of images always are, although it fits on the device."""
-    num_workers: int = 0
-    """Processes that read streamed data; 0 reads it in threads of this one."""
-    prefetch: int = 4
-    """Batches of streamed data that are read ahead."""
+    num_workers: int = 0  # Processes that read streamed data; 0 reads it in threads of this one.
+    prefetch: int = 4  # Batches of streamed data that are read ahead.
+    # How many examples of streamed training data that can't be read are left out, over the whole run;
+    # one more ends it. Evaluation leaves out none; data in memory is whole.
     max_unreadable: int = 0
-    """How many examples of streamed training data that can't be read are left out, over the whole run;
-    one more ends it. Evaluation leaves out none."""
-    max_resident_gb: float = 4.0
-    """How much data may be kept on each device, in gigabytes."""
+    max_resident_gb: float = 4.0  # How much data may be kept on each device, in gigabytes.
+    # Keep compiled programs, so that the next start of the same run need not compile them again.
     cache_programs: bool = True
-    """Keep compiled programs, so that the next start of the same run need not compile them again."""
-    program_cache: Path | None = None
-    """Folder that they are kept in; JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxnets/xla by default."""
+    # Folder that they are kept in; JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxnets/xla by default.
+    program_cache: Folder = None
+    # Steps to record in the folder `profile`, from the third on, for TensorBoard or Perfetto.
     profile_steps: int = 0
-    """Steps to record in the folder `profile`, from the third on, for TensorBoard or Perfetto."""
+    # Draw confusion.png and samples.png after training; curves.png is always drawn.
     pictures: bool = True
-    """Draw confusion.png and samples.png after training; curves.png is always drawn."""
-    log_every: int = 50
-    """Steps between lines of the metrics."""
-    eval_every: int = 0
-    """Steps between evaluations; 0 is once for each epoch."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 is after each evaluation."""
+    log_every: int = 50  # Steps between lines of the metrics.
+    eval_every: int = 0  # Steps between evaluations; 0 is once for each epoch.
+    checkpoint_every: int = 0  # Steps between checkpoints; 0 is after each evaluation.
+    # How many of the checkpoints that evaluation found best are kept, beside the latest; going on
+    # without this flag keeps one.
     keep_best: int = 1
-    """How many of the checkpoints that evaluation found best are kept, beside the latest; going on
-    without this flag keeps one."""
+    # Which checkpoint `eval` reads: latest, best, or the number of a step.
     checkpoint: str = "latest"
-    """Which checkpoint `eval` reads: latest, best, or the number of a step."""
+    # A Python file of yours that registers components, run before anything else; may be repeated.
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """A Python file of yours that registers components, run before anything else; may be repeated."""
+    # About how long `duel` measures both sides, in seconds, without compilation.
     duel_seconds: float = 60.0
-    """About how long `duel` measures both sides, in seconds, without compilation."""
-    duel_mode: str = "train"
-    """What `duel` compares the speed of: train or inference."""
+    duel_mode: str = "train"  # What `duel` compares the speed of: train or inference.
+    # Training steps that `duel` compares in both precisions before anything is timed.
     parity_steps: int = 20
-    """Training steps that `duel` compares in both precisions before anything is timed."""
 
 
 def parse_flags(

@@ -25,8 +25,11 @@ _POLL_S = 0.05
 _TOLD = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WATCHDOG = 70  # `train.watchdog.EXIT`, without importing JAX for it
-# What Gloo and absl say of a connection that was made, each time one is; warnings and errors stay.
-_NOISE = re.compile(rb"\[Gloo\] Rank \d+ is connected to |I\d{4} \d\d:\d\d:\d\d\.\d+ ")
+# What Gloo and absl say of a connection that was made, each time one is, and of the signal that told a
+# process to stop; other warnings and errors stay.
+_NOISE = re.compile(
+    rb"\[Gloo\] Rank \d+ is connected to |(I|W(?=.* preemption_notifier\.cc:))\d{4} \d\d:\d\d:\d\d\.\d+ "
+)
 # Becomes the command, after asking Linux to kill it when the launcher has ended in whatever way.
 _CHILD = """
 import ctypes, os, sys
@@ -98,7 +101,8 @@ def launch(
         settle_s: how long the others may go on after one has failed, in seconds.
 
     Returns:
-        the first status that wasn't 0, 128 + n after signal n; else 0.
+        the first status that wasn't 0, 128 + n after signal n; else 0. If this process got a signal n
+        and the first to end did as told, 128 + n, though JAX's processes tell one another SIGTERM.
 
     Raises:
         ConfigError: if a number is out of range, there is no such program, or a restart would not go on
@@ -133,8 +137,11 @@ def launch(
                 break
             restart += 1
             _say(lock, f"{first}{which}; all are started again, restart {restart} of {restarts}")
-    if not (received and first.is_told):
-        _say(lock, f"{first}{which}; the run ended with {first.code}")
+    if received and first.is_told:
+        name = "Ctrl-C" if received[0] == signal.SIGINT else signal.Signals(received[0]).name
+        _say(lock, f"stopped by {name}")
+        return 128 + received[0]
+    _say(lock, f"{first}{which}; the run ended with {first.code}")
     return first.code
 
 
@@ -210,7 +217,8 @@ def _wait(
             first = first or (end if returncode else None)
             if returncode and alive and not ends:
                 left = _SAVE_S if num_sent or end.is_told else settle_s
-                _say(lock, f"{end}; the others have {left:g} s to end")
+                if not (num_sent and end.is_told):
+                    _say(lock, f"{end}; the others have {left:g} s to end")
                 ends[signal.SIGTERM] = time.monotonic() + left
                 ends[signal.SIGKILL] = ends[signal.SIGTERM] + _KILL_S
         for number in [number for number, when in ends.items() if when <= time.monotonic()]:

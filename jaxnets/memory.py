@@ -42,7 +42,7 @@ def _advice(recipe: Recipe, strategy: Strategy, is_training: bool, error: Except
     if is_training:
         means.append(f"more micro-batches (--accumulate {2 * recipe.accumulate})")
         means.append("a model that keeps less for its gradient (remat), where it has that")
-    if here == whole:
+    if here == whole and strategy.num_devices > 1:
         means.append("--strategy fsdp, which cuts the state over the devices")
     part = "" if here == whole else f" of {whole:,}"
     return (

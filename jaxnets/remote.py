@@ -8,6 +8,7 @@ gcsfs is the client, for credentials and for repeated tries, and is imported whe
 """
 
 import base64
+import contextlib
 import errno
 import fnmatch
 import functools
@@ -17,6 +18,8 @@ import logging
 import os
 import re
 import stat
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -25,6 +28,8 @@ from jaxnets import errors
 
 _SCHEME = "gs://"
 _SILENT_S = 60.0  # until a connection without an answer is given up, and tried again
+_TOLD_S = 5.0  # until a user who waits for the first answer of all is told what for
+_answered = threading.Event()
 
 
 def as_path(place: "str | os.PathLike[str] | ObjectPath") -> Path:
@@ -346,7 +351,22 @@ def _call(limit_s: float | None, *args: Any, **options: Any) -> Any:
     store = _store()
     from fsspec.asyn import sync
 
-    return sync(store.loop, store._call, *args, timeout=limit_s, **options)
+    with contextlib.nullcontext() if _answered.is_set() else _told_of_silence(store.base):
+        return sync(store.loop, store._call, *args, timeout=limit_s, **options)
+
+
+@contextlib.contextmanager
+def _told_of_silence(url: str) -> Iterator[None]:
+    """Say what is waited for: without a network it is a minute until the client gives up."""
+    line = f"waiting for an answer of the object store at {url.partition('/storage')[0]}"
+    timer = threading.Timer(_TOLD_S, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        _answered.set()
+    finally:
+        timer.cancel()
 
 
 @functools.cache

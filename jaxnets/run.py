@@ -56,6 +56,8 @@ class Run:
         self.first = int(self.state.step)
         self.log = MetricsLog(self.folder, step=self.first)
         self.schedule = _Schedule(recipe, options)
+        if options.max_unreadable and resident(recipe.train, options) is not None:
+            say("warning: the data is in memory, all of it: --max-unreadable has nothing to do")
         known = self.spent.get("unreadable", ())
         self.left_out = Unreadable(options.max_unreadable, known, step=self.first)
         evaluate = make_evaluator(

@@ -355,3 +355,10 @@ def test_numbers_that_cannot_be(train, capsys, flag, tmp_path):
     assert train("r", f"{flag}=-1") == 2
     assert "must be at least 0" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_with_data_in_memory_there_is_nothing_to_leave_out(tmp_path, capsys):
+    words = ["train", "--dataset=digits", "--model=mlp", "--steps=1", "--no-pictures"]
+    words += ["--max-unreadable=3", f"--run-dir={tmp_path / 'r'}"]
+    assert cli.main(cifar10.EXPERIMENT, words) == 0
+    assert "warning: the data is in memory, " in capsys.readouterr().err

@@ -59,6 +59,11 @@ def test_a_device_out_of_memory_is_one_line(where, latest, tmp_path, capsys):
     assert re.search(LINE.format(size=64, rows=16), err.splitlines()[-1]), err
     assert "--batch-size, more micro-batches (--accumulate 4)" in err
     assert "Traceback" not in err
+    if where == "first step":  # there is nothing to cut over one device
+        words = [*WORDS, "--num-devices=1", f"--run-dir={tmp_path / 'one'}"]
+        assert cli.main(experiment(where), words) == 2
+        assert "is out of memory" in (line := capsys.readouterr().err.splitlines()[-1])
+        assert "fsdp" not in line
     checkpoints = Checkpoints(tmp_path / "r" / "checkpoints")
     assert checkpoints.newest_whole() == (latest, [])
     assert checkpoints.clean() == []

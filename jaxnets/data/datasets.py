@@ -199,9 +199,11 @@ def _load_folder(name: str, folder: Path, registered: list[str], verify: str) ->
 
     # The name becomes a path: one plain component, so that it can't lead out of the data folder.
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise errors.ConfigError(
-            f"{name!r} is no name of a data set: letters, digits, '.', '_' and '-' only"
-        )
+        path = Path(name).absolute()
+        advice = "letters, digits, '.', '_' and '-' only"
+        if "/" in name and path.is_dir():
+            advice = f"for that folder say --data-dir {path.parent} --dataset {path.name}"
+        raise errors.ConfigError(f"{name!r} is no name of a data set: {advice}")
     if idx.is_idx_folder(folder / name):
         return idx.load_idx_folder(folder / name, verify=verify)
     beside = folder.iterdir() if folder.is_dir() else ()

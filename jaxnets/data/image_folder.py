@@ -109,9 +109,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     except errors.DataError:
         raise
     except Exception as error:  # decoders raise all sorts of things at damaged files
-        raise errors.DataError(
-            f"{path}: can't be read as an image ({error}): remove it or replace it"
-        ) from error
+        raise errors.DataError(f"{path}: can't be read as an image ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

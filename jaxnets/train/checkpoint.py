@@ -451,10 +451,11 @@ class Checkpoints:
         try:
             return manifest.read_manifest(self._path(step))
         except FileNotFoundError:
+            if step_folder.has_lost_manifest(path := self._path(step)):
+                raise manifest.damaged(step, path / MANIFEST) from None
             there = ", ".join(map(str, self._steps())) or "none"
-            raise errors.CheckpointError(
-                f"no checkpoint of step {step} in {self.folder} (there are: {there})"
-            ) from None
+            why = f"no checkpoint of step {step} in {self.folder} (there are: {there})"
+            raise errors.CheckpointError(why) from None
 
     def _check_files(self, step: int) -> None:
         """Make sure that a step is whole; each process looks at a part of it."""

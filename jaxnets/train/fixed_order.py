@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxnets import defects
 from jaxnets.ops.partition import first_row
 from jaxnets.train.mesh import gather_rows, in_order
-from jaxnets.train.programs import CAREFUL_CPU_OPTIONS, CPU_OPTIONS, chosen
+from jaxnets.train.programs import CAREFUL_CPU_OPTIONS, CPU_OPTIONS, chosen, meeting
 from jaxnets.typing import Array, PyTree
 
 
@@ -219,7 +219,7 @@ def _make_gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     in_turn = np.asarray([firsts[process] for process in sorted(firsts)])
     leaders = Mesh(in_turn, ("process",), axis_types=(AxisType.Auto,))
     cut, whole = NamedSharding(leaders, P("process")), NamedSharding(leaders, P())
-    copy = jax.jit(lambda tree: tree, out_shardings=whole)
+    copy = meeting(jax.jit(lambda tree: tree, out_shardings=whole))
 
     def gather(tree: PyTree) -> PyTree:
         def join(x: Array) -> Array:

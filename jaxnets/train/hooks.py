@@ -273,7 +273,8 @@ class ShowProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("train", total=num_steps, completed=first, status="compiling")
+        status = "compiling" if first < num_steps else "done"
+        self._task = self._bar.add_task("train", total=num_steps, completed=first, status=status)
 
     def __enter__(self) -> "ShowProgress":
         self._bar.start()

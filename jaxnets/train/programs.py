@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxnets import defects
 from jaxnets.ops import onednn
-from jaxnets.train import program_cache
+from jaxnets.train import hosts, program_cache
 from jaxnets.train.flops import primitives
 from jaxnets.typing import PyTree
 
@@ -19,6 +19,9 @@ from jaxnets.typing import PyTree
 CPU_OPTIONS = {defects.YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 # For a program in which jaxlib's own defects would show: reductions are where those known are.
 CAREFUL_CPU_OPTIONS = {defects.YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+_LONGEST_S = 3600.0  # that one process may compile for while the others wait
 
 
 def in_a_row(step: Callable, state: PyTree, draws: PyTree, num_devices: int) -> tuple[PyTree, Any]:
@@ -48,13 +51,21 @@ def _compiled_apart(program: Any, *args: PyTree, is_whole: bool) -> Any:
         return lowered.compile()
 
 
-def chosen(fast: Any, careful: Any | None, *, is_whole: bool = True) -> Callable:
-    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly."""
+def chosen(
+    fast: Any, careful: Any | None, *, is_whole: bool = True, is_shared: bool = False
+) -> Callable:
+    """Take the careful program of two where the fast one has a fusion that jaxlib computes wrongly.
+
+    Args:
+        fast: compiled by `jax.jit`.
+        careful: the same; None if there is nothing to look for.
+        is_whole: whether XLA doesn't cut it into parts for several devices.
+        is_shared: whether it is of several processes, which then wait for all to have compiled it.
+    """
     programs: dict[tuple, Any] = {}
 
     def run(*args: PyTree):
-        leaves = jax.tree.leaves(args[-1])
-        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
+        shapes = _shapes(args[-1])
         if shapes not in programs:
             compiled = _compiled_apart(fast, *args, is_whole=is_whole)
             programs[shapes] = fast
@@ -62,6 +73,34 @@ def chosen(fast: Any, careful: Any | None, *, is_whole: bool = True) -> Callable
             if careful and (not text or defects.faulty_fusions(text, jaxlib.version.__version__)):
                 _compiled_apart(careful, *args, is_whole=is_whole)
                 programs[shapes] = careful
+            if is_shared:
+                meet()
         return programs[shapes](*args)
 
     return run
+
+
+def meeting(program: Callable) -> Callable:
+    """A program of several processes that wait for one another before it is called with new shapes."""
+    known: set[tuple] = set()
+
+    def run(*args: PyTree):
+        shapes = _shapes(args[-1])
+        if shapes not in known:
+            meet()
+            known.add(shapes)
+        return program(*args)
+
+    return run
+
+
+def meet() -> None:
+    """Wait until all processes have come here from compiling, which may take some much longer.
+
+    In the first exchange of a program they are waited for on a CPU by Gloo, for 30 s.
+    """
+    hosts.barrier("programs/compiled", timeout_s=_LONGEST_S)
+
+
+def _shapes(args: PyTree) -> tuple:
+    return tuple((np.shape(x), getattr(x, "dtype", None)) for x in jax.tree.leaves(args))

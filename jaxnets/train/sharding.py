@@ -247,8 +247,12 @@ class Strategy:
         jitted = compiled(compiler_options=CPU_OPTIONS if is_cpu and not use_plain else None)
         careful = compiled(compiler_options=CAREFUL_CPU_OPTIONS)
         if is_cpu:
-            is_whole = is_pmap or self.num_devices == 1
-            jitted = chosen(jitted, careful if is_worth_a_look else None, is_whole=is_whole)
+            jitted = chosen(
+                jitted,
+                careful if is_worth_a_look else None,
+                is_whole=is_pmap or self.num_devices == 1,
+                is_shared=not self.has_all,
+            )
 
         def run(state: PyTree, draw: Mapping[str, Any]):
             draw = dict(draw)

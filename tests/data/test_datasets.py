@@ -90,6 +90,13 @@ def test_a_name_cannot_lead_out_of_the_data_folder(tmp_path, write_idx_folder, n
     message(error)
 
 
+def test_the_path_of_a_set_is_told_in_flags(tmp_path, write_idx_folder):
+    write_idx_folder(tmp_path / "sets" / "mine")
+    with pytest.raises(errors.ConfigError, match="no name") as error:
+        load(str(tmp_path / "sets" / "mine"), data_dir=tmp_path)
+    assert message(error).endswith(f": for that folder say --data-dir {tmp_path}/sets --dataset mine")
+
+
 def test_an_unknown_mode_is_refused(registered, tmp_path):
     with pytest.raises(errors.ConfigError, match=r"unknown verify mode 'strickt'.*'strict'"):
         load("tiny", data_dir=tmp_path, verify="strickt")

@@ -2,6 +2,8 @@
 
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,20 @@ def test_without_the_client_one_line_says_what_to_install(store, folder, monkeyp
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(errors.ConfigError, match=re.escape("pip install 'jaxnets[gcs]'")):
         folder.exists()
+
+
+def test_who_waits_for_the_first_answer_is_told(store, folder, monkeypatch, capfd):
+    answer = threading.Event()
+    monkeypatch.setattr(remote, "_answered", threading.Event())
+    monkeypatch.setattr(remote, "_TOLD_S", 0.05)
+    store.fault = lambda method, name: answer.wait(60) and None
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit((folder / "x").exists)
+        err = ""
+        while "waiting for an answer of the object store at http://127.0.0.1:" not in err:
+            assert not found.done()
+            err += capfd.readouterr().err
+        answer.set()
+        assert not found.result()
+    (folder / "x").write(b"1")
+    assert remote._answered.is_set()

@@ -185,6 +185,10 @@ def test_a_step_that_lost_its_manifest_is_kept(saved, strategy, capsys):
     lost = sorted(p.name for p in (folder / "00000005").rglob("*"))
     checkpoints = Checkpoints(folder)
     assert checkpoints.clean() == []
+    with pytest.raises(errors.DamagedError, match=r"step 5 is damaged: .*/manifest\.json is missing"):
+        checkpoints.restore(5, strategy.abstract(make_state))
+    with pytest.raises(errors.CheckpointError, match=r"no checkpoint of step 4 .*there are: 3\)"):
+        checkpoints.restore(4, strategy.abstract(make_state))
     step, lines = checkpoints.newest_whole()
     assert (step, len(lines)) == (3, 2)
     for number in (2, 5):

@@ -101,3 +101,27 @@ def test_processes_train_as_one_does(num_processes, names):
         )
         assert together.reshape(-1).tolist() == ids
     assert len(set(losses)) == len(losses)
+
+
+LATE = """
+    import time
+    from jaxnets.train import programs
+    compile_apart, waited = programs._compiled_apart, []
+
+    def compile_late(*args, **options):
+        if hosts.index() == 1 and not waited:
+            waited.append(time.sleep({seconds}))
+        return compile_apart(*args, **options)
+
+    programs._compiled_apart = compile_late
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(800)
+@pytest.mark.parametrize("name", ["jit", "fixed"])
+def test_who_compiles_for_longer_is_waited_for(name):
+    """Longer than Gloo waits in the first exchange of a program, 30 s."""
+    script = LATE.format(seconds=45) + SCRIPT.format(cases={name: CASES[name]})
+    ended = processes.run(script, 2, timeout=400)
+    assert [("FOUND" in e.out, e.code) for e in ended] == [(True, 0)] * 2
