@@ -52,17 +52,18 @@ def renewed(tree: PyTree, abstract: PyTree) -> PyTree:
 
 def _copied(arrays: Sequence[jax.Array], places: Sequence[Sharding]) -> list[jax.Array]:
     """Copies of those parts that have a place; each stays with its device, in whichever memory of it."""
-    parts = [
-        [shard.data for shard in x.addressable_shards if shard.device in place.device_set]
-        for x, place in zip(arrays, places, strict=True)
-    ]
-    to = [
-        [SingleDeviceSharding(part.device, memory_kind=place.memory_kind) for part in each]
-        for each, place in zip(parts, places, strict=True)
-    ]
-    copies = jax.block_until_ready(jax.device_put(parts, to, may_alias=False))
+    sources, targets = [], []
+    for x, place in zip(arrays, places, strict=True):
+        if len(x.sharding.device_set) == 1:  # it is a part itself, and making arrays takes a while
+            sources.append(x)
+            targets.append(place)
+            continue
+        parts = [shard.data for shard in x.addressable_shards if shard.device in place.device_set]
+        sources.append(parts)
+        targets.append([SingleDeviceSharding(x.device, memory_kind=place.memory_kind) for x in parts])
+    copies = jax.block_until_ready(jax.device_put(sources, targets, may_alias=False))
     return [
-        jax.make_array_from_single_device_arrays(x.shape, place, each)
+        jax.make_array_from_single_device_arrays(x.shape, place, each) if isinstance(each, list) else each
         for x, place, each in zip(arrays, places, copies, strict=True)
     ]
 
