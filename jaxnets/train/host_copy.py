@@ -63,7 +63,9 @@ def _copied(arrays: Sequence[jax.Array], places: Sequence[Sharding]) -> list[jax
         targets.append([SingleDeviceSharding(x.device, memory_kind=place.memory_kind) for x in parts])
     copies = jax.block_until_ready(jax.device_put(sources, targets, may_alias=False))
     return [
-        jax.make_array_from_single_device_arrays(x.shape, place, each) if isinstance(each, list) else each
+        each
+        if isinstance(each, jax.Array)
+        else jax.make_array_from_single_device_arrays(x.shape, place, each)
         for x, place, each in zip(arrays, places, copies, strict=True)
     ]
 
