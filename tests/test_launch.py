@@ -225,7 +225,7 @@ def test_what_is_started_again(how, tries, status):
     with Launcher(f"{how} if index else time.sleep(0.05)", restarts=2) as launcher:
         found, _, err = launcher.end()
     assert found == status
-    assert len(launcher.pids()) == 2 * tries
+    assert len(re.findall(r"\[1\] pid", launcher.out)) == tries  # the other may not have come so far
     lines = [line for line in err.splitlines() if "first" in line]
     assert [re.search(r"restart \d of 2|ended with \d+$", line)[0] for line in lines] == [
         *(f"restart {i} of 2" for i in range(1, tries)),

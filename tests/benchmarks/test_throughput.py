@@ -98,7 +98,8 @@ def test_every_workload_can_be_built(workload, monkeypatch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("mode", [pytest.param("train", marks=pytest.mark.long), "inference"])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["train", "inference"])
 def test_a_workload_from_start_to_record(mode, tmp_path, monkeypatch, capsys):
     make = contender.make_starters
 

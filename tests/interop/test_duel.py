@@ -128,6 +128,7 @@ def test_everything_from_the_command_line(tmp_path):
             assert stage["bound"] is None or stage["error"] <= stage["bound"]
 
 
+@pytest.mark.long
 @pytest.mark.parity
 def test_refused_at_another_matmul_precision(tmp_path, few, monkeypatch, capsys):
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")  # of the worker

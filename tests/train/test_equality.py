@@ -10,7 +10,7 @@ from jaxnets import registry
 from jaxnets.data import Batches, load
 
 MODELS = [
-    name if name in ("convnet", "mlp") else pytest.param(name, marks=pytest.mark.long)
+    name if name == "mlp" else pytest.param(name, marks=pytest.mark.long)
     for name in registry.names("model")
     if name in tiny.TINY
 ]

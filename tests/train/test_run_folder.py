@@ -248,8 +248,9 @@ def test_a_lock_of_another_host_that_beats_is_refused(tmp_path, sleeps):
 def test_a_signal_ends_the_wait_for_a_lock(tmp_path):
     """It isn't training yet, and nothing is to be saved."""
     script = """
-        import pathlib, sys
+        import pathlib, signal, sys
         from jaxnets.train.folder_lock import locked
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
         with locked(pathlib.Path(sys.argv[1])):
             pass
     """
