@@ -19,8 +19,6 @@ from jaxnets.typing import PyTree
 CPU_OPTIONS = {defects.YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
 # For a program in which jaxlib's own defects would show: reductions are where those known are.
 CAREFUL_CPU_OPTIONS = {defects.YNN_OPTION: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-
-
 _LONGEST_S = 3600.0  # that one process may compile for while the others wait
 
 
@@ -74,7 +72,7 @@ def chosen(
                 _compiled_apart(careful, *args, is_whole=is_whole)
                 programs[shapes] = careful
             if is_shared:
-                meet()
+                _meet()
         return programs[shapes](*args)
 
     return run
@@ -87,14 +85,14 @@ def meeting(program: Callable) -> Callable:
     def run(*args: PyTree):
         shapes = _shapes(args[-1])
         if shapes not in known:
-            meet()
+            _meet()
             known.add(shapes)
         return program(*args)
 
     return run
 
 
-def meet() -> None:
+def _meet() -> None:
     """Wait until all processes have come here from compiling, which may take some much longer.
 
     In the first exchange of a program they are waited for on a CPU by Gloo, for 30 s.
