@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxnets.interop.measure import (
     best_seconds,
     num_cores,
     peak_bytes,
-    product_size,
+    product_flops,
 )
 from jaxnets.remote import as_path
 
@@ -171,13 +171,16 @@ class JaxSide:
         import jax
         import jax.numpy as jnp
 
-        size = product_size(jax.default_backend())
-        x = jnp.ones((size, size), self.settings["compute_dtype"])
-        product = jax.jit(jnp.matmul)
+        matmul = jax.jit(jnp.matmul)
+
+        def product(size: int) -> Callable[[], Any]:
+            x = jnp.ones((size, size), self.settings["compute_dtype"])
+            return lambda: matmul(x, x).block_until_ready()
+
         y = jnp.ones(COPY_BYTES // 4, jnp.float32)
         copy = jax.jit(lambda y: y + 1)
         return {
-            "flops": 2 * size**3 / best_seconds(lambda: product(x, x).block_until_ready()),
+            "flops": product_flops(product, jax.default_backend()),
             "bytes": 2 * COPY_BYTES / best_seconds(lambda: copy(y).block_until_ready()),
         }
 

@@ -10,8 +10,10 @@ from typing import Any
 
 NUM_VALUES = 5  # of the first steps, which both sides must agree on
 ENDLESS = 2**40  # positions; the order goes on over any number of epochs
-# Rows and columns of the matrix product that stands for the ceiling; more where there is more to busy.
-_PRODUCT_SIZE, _LARGE_PRODUCT_SIZE = 2048, 8192
+# Rows and columns of the matrix product that stands for the ceiling: more where there is more to busy,
+# fewer where a call would take longer than this many seconds, as in a dtype that the processor lacks.
+_PRODUCT_SIZE, _LARGE_PRODUCT_SIZE, _SMALL_PRODUCT_SIZE = 2048, 8192, 256
+_LONGEST_PRODUCT = 2.0
 COPY_BYTES = 2**28  # read and written by the copy
 _SECONDS = 0.5  # of each of the two
 
@@ -27,9 +29,16 @@ def best_seconds(run: Callable[[], Any]) -> float:
     return best
 
 
-def product_size(device: str) -> int:
-    """Rows and columns of the product that shows what a device, "cpu" or "gpu", can do."""
-    return _PRODUCT_SIZE if device == "cpu" else _LARGE_PRODUCT_SIZE
+def product_flops(product: Callable[[int], Callable[[], Any]], device: str) -> float:
+    """Operations a second of a square matrix product on a device, "cpu" or "gpu".
+
+    `product` makes from the number of rows a call that computes such a product and waits for it.
+    """
+    size = _PRODUCT_SIZE if device == "cpu" else _LARGE_PRODUCT_SIZE
+    seconds = best_seconds(product(_SMALL_PRODUCT_SIZE)) * (size / _SMALL_PRODUCT_SIZE) ** 3
+    while seconds > _LONGEST_PRODUCT and size > _SMALL_PRODUCT_SIZE:
+        size, seconds = size // 2, seconds / 8
+    return 2 * size**3 / best_seconds(product(size))
 
 
 def num_cores() -> int:

@@ -20,7 +20,7 @@ from jaxnets.interop.measure import (
     best_seconds,
     num_cores,
     peak_bytes,
-    product_size,
+    product_flops,
 )
 from jaxnets.interop.reference import Reference, load_reference
 
@@ -212,15 +212,18 @@ class TorchSide:
         """
         import torch
 
-        size = product_size(self.settings["device"])
         dtype = getattr(torch, self.settings["compute_dtype"])
-        x = torch.ones(size, size, device=self.device, dtype=dtype)
+
+        def product(size: int) -> Callable[[], None]:
+            x = torch.ones(size, size, device=self.device, dtype=dtype)
+            return lambda: self._wait(torch.mm(x, x))
+
         y = torch.ones(COPY_BYTES // 4, device=self.device)
         out = torch.empty_like(y)
         found = {}
         for name, threads in (("one_thread_flops", 1), ("flops", num_cores())):
             torch.set_num_threads(threads)
-            found[name] = 2 * size**3 / best_seconds(lambda: self._wait(torch.mm(x, x)))
+            found[name] = product_flops(product, self.settings["device"])
         found["bytes"] = 2 * COPY_BYTES / best_seconds(lambda: self._wait(torch.add(y, 1, out=out)))
         return found
 
