@@ -159,7 +159,7 @@ def test_a_run_that_was_broken_off_goes_on_exactly(data, train, tmp_path):
     broken = tmp_path / "broken"
     status, err, seconds = break_off(data, broken, signal.SIGKILL, worker=True)
     assert status == 2
-    assert seconds < 10
+    assert seconds < 60  # and not for as long as it would train
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert "was killed by SIGKILL before batch" in line
     assert "Traceback" not in err

@@ -47,6 +47,7 @@ def remove(folder: Path) -> None:
             files.remove_tree(path)
         elif path != marker:
             path.unlink()
+    files.sync(folder)  # nor leave files without the marker
     marker.unlink()
     folder.rmdir()
 

@@ -262,6 +262,7 @@ def test_a_table_that_loses_bits_is_found():
 
 @pytest.mark.long
 @pytest.mark.parity
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("model", ["resnet18", "resnet50", "speednet"])
 def test_large_networks_agree_with_pytorch(model):
     made = tiny.recipe(model, image_shape=(17, 18, 3), learning_rate=0.01, weight_decay=0.001)
