@@ -13,4 +13,6 @@ from jaxnets.layers.embedding import Embedding as Embedding
 from jaxnets.layers.embedding import embed as embed
 from jaxnets.layers.layer_norm import LayerNorm as LayerNorm
 from jaxnets.layers.layer_norm import layer_norm as layer_norm
+from jaxnets.layers.recurrent import GRU as GRU
+from jaxnets.layers.recurrent import LSTM as LSTM
 from jaxnets.ops.partition import constrain as constrain
