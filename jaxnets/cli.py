@@ -18,6 +18,7 @@ import jaxlib.version
 
 from jaxnets import agreement, defects, errors, memory, registry, resume, runner, startup
 from jaxnets.allocator import keep_freed_memory
+from jaxnets.commands import Command, run_command
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
@@ -31,7 +32,7 @@ from jaxnets.train import (
     sharding,
     watchdog,
 )
-from jaxnets.train.verdict import together
+from jaxnets.train.verdict import by_first, together
 
 _LONG_S = 3600.0  # for what one process may do while the others wait
 COMMANDS = ("train", "eval", "duel")
@@ -48,6 +49,7 @@ class Experiment:
         config: the default config, a flat frozen dataclass.
         make_recipe: `make_recipe(config, options) -> Recipe`.
         presets: other configs, by name.
+        commands: what it can do with a trained run, by name, such as "predict".
         closing: printed at the end of training; {python} stands for the interpreter.
     """
 
@@ -56,6 +58,7 @@ class Experiment:
     config: Any
     make_recipe: MakeRecipe
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
     closing: str = ""
 
     @property
@@ -109,20 +112,32 @@ def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
 
 def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     prog = f"python -m {experiment.module}"
+    commands = (*COMMANDS, *experiment.commands)
     if argv and argv[0] in ("-h", "--help"):
         print(
-            f"usage: {prog} {{{','.join(COMMANDS)}}} [FLAGS]\n\n{experiment.about}\n\n"
+            f"usage: {prog} {{{','.join(commands)}}} [FLAGS]\n\n{experiment.about}\n\n"
             "train  train, or go on with the run in the run folder\n"
             "eval   evaluate a checkpoint of a run\n"
-            "duel   compare with PyTorch: the same numbers, then the speed of both\n\n"
+            "duel   compare with PyTorch: the same numbers, then the speed of both\n"
+            f"{''.join(f'{n:<6} {c.about}' + chr(10) for n, c in experiment.commands.items())}\n"
             f"{prog} train --help lists the flags."
         )
         return 0
     if not argv or argv[0].startswith("-"):
-        raise errors.ConfigError(f"which command? {prog} {{{','.join(COMMANDS)}}} (see --help)")
+        raise errors.ConfigError(f"which command? {prog} {{{','.join(commands)}}} (see --help)")
     command = argv.pop(0)
-    if command not in COMMANDS:
-        raise errors.unknown("command", command, COMMANDS)
+    if command not in commands:
+        raise errors.unknown("command", command, commands)
+    if command in experiment.commands:
+        run_command(
+            experiment.commands[command],
+            argv,
+            experiment=experiment.name,
+            config_type=type(experiment.config),
+            presets=experiment.presets,
+            prog=f"{prog} {command}",
+        )
+        return 0
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
     about = experiment.about
@@ -206,7 +221,8 @@ def _train(
         ) as dog,
         memory.explained(recipe, strategy),
     ):
-        on_start = partial(run_folder.write_config, folder, experiment.name, values)
+        by_first("run folder/assets", lambda: run_folder.check_assets(folder, recipe.assets))
+        on_start = partial(run_folder.write_config, folder, experiment.name, values, recipe.assets)
         result = runner.train(
             folder,
             recipe,

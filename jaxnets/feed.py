@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
-from jaxnets.data import Arrays, Batches, Part, Stream
-from jaxnets.recipe import Recipe
+from jaxnets.data import Arrays, Batches, ByLength, Part, Stream
+from jaxnets.recipe import Recipe, count_examples
 from jaxnets.train import hosts
 from jaxnets.train.loop import Clock
 from jaxnets.train.prefetch import Prefetch
@@ -55,6 +55,10 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
             "several steps in a call take data that is kept in memory, a compiled step, and neither "
             "--strategy pmap nor --fixed-order"
         )
+    if recipe.lengths is not None and num_steps > 1:
+        raise errors.ConfigError(
+            "several steps in a call take batches of one shape, not of many lengths"
+        )
     if recipe.partners and resident(recipe.train, options) is None:
         raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
     parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]
@@ -66,10 +70,31 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
         )
 
 
+def train_draws(recipe: Recipe) -> Batches | ByLength:
+    """Which examples each step of a run sees."""
+    draws = Batches(
+        recipe.num_examples,
+        recipe.batch_size,
+        recipe.num_positions,
+        seed=recipe.seed,
+        partners=recipe.partners,
+    )
+    lengths = recipe.lengths
+    return draws if lengths is None else ByLength(draws, lengths.train, lengths.buckets)
+
+
+def test_draws(recipe: Recipe, batch_size: int) -> Batches | ByLength:
+    """The test set, each example once."""
+    size = count_examples(recipe.test)
+    draws = Batches(size, batch_size, size, shuffle=False)
+    lengths = recipe.lengths
+    return draws if lengths is None else ByLength(draws, lengths.test, lengths.buckets)
+
+
 @contextlib.contextmanager
 def feed(
     data: "Mapping[str, np.ndarray] | Indexed",
-    draws: Batches,
+    draws: Batches | ByLength,
     strategy: Strategy,
     options: RunOptions,
     unreadable: "Unreadable | None" = None,

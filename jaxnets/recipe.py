@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
     import numpy as np
     import optax
 
+    from jaxnets.data import Lengths
     from jaxnets.train.mesh import Rules
     from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
@@ -47,6 +48,9 @@ class Recipe:
             does not set the optimizer's.
         monitor: the metric of evaluation by which the best checkpoint is chosen.
         maximize: whether a greater value of it is better.
+        lengths: of the examples' sequences, so that batches are of like length and little of them is
+            padding; None where all have the same shape anyway.
+        assets: files that belong to the model, such as its vocabulary, kept in the run's folder.
         stages: (step, loss_fn) in order: from that step on, counted from 0, this loss_fn is trained with
             instead, in a program of its own, as for images that grow during the run.
         rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
@@ -82,6 +86,8 @@ class Recipe:
     learning_rate: Callable[[int], Any] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
+    lengths: "Lengths | None" = None
+    assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     stages: "Sequence[tuple[int, LossFn]]" = ()
     rules: "Rules | None" = None
     on_nonfinite: str = "stop"

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from jaxnets import errors, resume
 from jaxnets.config import RunOptions
-from jaxnets.data import Batches
 from jaxnets.evaluation import make_evaluator
-from jaxnets.feed import Unreadable, feed, resident
+from jaxnets.feed import Unreadable, feed, resident, train_draws
 from jaxnets.recipe import Recipe
 from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
 from jaxnets.train.diagnosis import report_nonfinite
@@ -75,13 +74,7 @@ class Run:
             extra=self.progress,
             keep=self.schedule.keep,
         )
-        self.draws = Batches(
-            recipe.num_examples,
-            recipe.batch_size,
-            recipe.num_positions,
-            seed=recipe.seed,
-            partners=recipe.partners,
-        )
+        self.draws = train_draws(recipe)
 
     @property
     def last(self) -> int:
@@ -187,7 +180,8 @@ class Run:
                 max_spike=recipe.max_spike,
             )
             step = self.strategy.compile_step(make_step, self.arrays, num_steps=num_steps)
-            return ShapeGuard(step)
+            lengths = recipe.lengths
+            return ShapeGuard(step, num_expected=1 if lengths is None else len(lengths.buckets))
 
         steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         if (in_call := self.options.steps_per_call) == 1:

@@ -43,6 +43,7 @@ ROWS = {
     "jaxnets.runner": 5,
     "jaxnets.memory": 5.5,
     "jaxnets.launch": 5,
+    "jaxnets.commands": 5.5,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,
     "benchmarks": 6,

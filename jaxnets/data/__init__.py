@@ -6,6 +6,8 @@ from jaxnets.data.batches import take as take
 from jaxnets.data.buckets import bucket_of as bucket_of
 from jaxnets.data.buckets import pad_batch as pad_batch
 from jaxnets.data.buckets import pad_to as pad_to
+from jaxnets.data.by_length import ByLength as ByLength
+from jaxnets.data.by_length import Lengths as Lengths
 from jaxnets.data.datasets import Dataset as Dataset
 from jaxnets.data.datasets import load as load
 from jaxnets.data.image_folder import ImageFolder as ImageFolder
