@@ -6,14 +6,16 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from jaxnets import errors
 from jaxnets.data.download import locked, sync, writing
 
 
-def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Path:
+def unpack_tar(
+    archive: Path, target: Path, *, members: Mapping[str, int] | Callable[[str], int | None]
+) -> Path:
     """Unpack a tar file, compressed or not, into a folder that is either absent or complete.
 
     Only the expected files come out; an archive with a link, or a name that leads elsewhere, is
@@ -23,7 +25,8 @@ def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Pa
     Args:
         archive: the tar file; check its digest first.
         target: the folder to make; every member's first component is `target.name`.
-        members: the files the archive must hold, by full name, and the most bytes each may have.
+        members: the files the archive must hold, by full name, and the most bytes each may have; or a
+            function that gives these bytes for a name that is wanted, and None for others.
 
     Returns:
         The target; one that is there already is left as it is.
@@ -51,8 +54,16 @@ def unpack_tar(archive: Path, target: Path, *, members: Mapping[str, int]) -> Pa
     return target
 
 
-def _extract(archive: Path, work: Path, root: str, members: Mapping[str, int]) -> None:
-    missing = set(members)
+def _extract(
+    archive: Path,
+    work: Path,
+    root: str,
+    members: Mapping[str, int] | Callable[[str], int | None],
+) -> None:
+    limit_of, missing = (
+        (members.get, set(members)) if isinstance(members, Mapping) else (members, set[str]())
+    )
+    seen = set[str]()
     try:
         with open(archive, "rb") as file, tarfile.open(fileobj=file) as tar:
             # One member at a time, each checked before its bytes are read: a hostile archive is
@@ -61,24 +72,25 @@ def _extract(archive: Path, work: Path, root: str, members: Mapping[str, int]) -
                 name = _checked_name(archive, member, root)
                 if member.isdir():
                     continue  # made below as the files need them
-                if name not in members:
+                limit = limit_of(name)
+                if limit is None:
                     continue  # a readme that came with it, say: not wanted, not unpacked
-                if name not in missing:
+                if name in seen:
                     raise errors.DataError(f"{archive}: member {name!r} is there twice")
-                if member.size > members[name]:
+                if member.size > limit:
                     raise errors.DataError(
                         f"{archive}: member {name!r} has {member.size:,} bytes, "
-                        f"expected at most {members[name]:,}"
+                        f"expected at most {limit:,}"
                     )
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 tar.extract(member, work, filter="data")  # a second opinion on the member
-                missing.remove(name)
+                seen.add(name)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise errors.DataError(
             f"{archive}: damaged or no tar file ({' '.join(str(error).split())}): "
             "remove it and it is downloaded again"
         ) from error
-    if missing:
+    if missing := missing - seen:
         raise errors.DataError(f"{archive}: lacks {', '.join(sorted(missing))}")
 
 

@@ -11,3 +11,6 @@ from jaxnets.models.lenet import lenet as lenet
 from jaxnets.models.mlp import mlp as mlp
 from jaxnets.models.speednet import whiten_params as whiten_params
 from jaxnets.models.speednet import whitened as whitened
+from jaxnets.models.text_classifier import lstm_classifier as lstm_classifier
+from jaxnets.models.text_classifier import weighted_naive_bayes as weighted_naive_bayes
+from jaxnets.models.text_classifier import with_ratios as with_ratios

@@ -69,6 +69,10 @@ entries: dict[str, dict[str, Entry]] = {
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
     ),
+    "text_model": _built_in(
+        lstm_classifier="models.text_classifier:lstm_classifier",
+        weighted_naive_bayes="models.text_classifier:weighted_naive_bayes",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
@@ -92,6 +96,10 @@ entries: dict[str, dict[str, Entry]] = {
         digits="data.digits:load_digits",
         mnist="data.idx:load_mnist",
         random_images="data.random_images:load_random_images",
+    ),
+    "text_dataset": _built_in(
+        imdb="data.imdb:load_imdb",
+        made_reviews="data.texts:load_made_reviews",
     ),
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
