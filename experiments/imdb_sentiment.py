@@ -79,23 +79,35 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     optimizer = registry.get("optimizer", config.optimizer)
 
     def forward(params, model_state, batch, *, train, key=None):
-        mask_BT = batch["tokens_mask"]
-        tokens_BT = batch["tokens"][:, : mask_BT.shape[1]]
-        rows = batch["index"]
-        logits_BV, model_state = apply_fn(
-            params, model_state, tokens_BT, train=train, key=key, rows=rows, mask=mask_BT
+        shape = batch.get("tokens_mask", batch["tokens"]).shape  # as long as this batch needs
+        mask_BT = jnp.arange(shape[1])[None] < batch["length"][:, None]
+        return apply_fn(
+            params,
+            model_state,
+            batch["tokens"][:, : shape[1]],
+            train=train,
+            key=key,
+            rows=batch["index"],
+            mask=mask_BT,
         )
-        loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
-        correct = metrics.is_correct(logits_BV, batch["label"])
-        return loss, model_state, metrics.Mean.of(correct, batch["mask"])
+
+    def predict_fn(params, model_state, batch):
+        return forward(params, model_state, batch, train=False)[0]
 
     def loss_fn(params, model_state, batch, *, key):
-        loss, model_state, accuracy = forward(params, model_state, batch, train=True, key=key)
-        return {"loss": loss}, model_state, {"accuracy": accuracy}
+        logits_BV, model_state = forward(params, model_state, batch, train=True, key=key)
+        loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
+        correct = metrics.is_correct(logits_BV, batch["label"])
+        return {"loss": loss}, model_state, {"accuracy": metrics.Mean.of(correct, batch["mask"])}
 
     def eval_fn(params, model_state, batch):
-        loss, _, accuracy = forward(params, model_state, batch, train=False)
-        return {"accuracy": accuracy, "loss": metrics.Mean.of(loss, batch["mask"])}
+        logits_BV = predict_fn(params, model_state, batch)
+        loss = losses.softmax_cross_entropy(logits_BV, batch["label"])
+        correct = metrics.is_correct(logits_BV, batch["label"])
+        return {
+            "accuracy": metrics.Mean.of(correct, batch["mask"]),
+            "loss": metrics.Mean.of(loss, batch["mask"]),
+        }
 
     return Recipe(
         name="imdb_sentiment",
@@ -103,8 +115,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         loss_fn=loss_fn,
         eval_fn=eval_fn,
         tx=optimizer(schedule, weight_decay=config.weight_decay),
-        train={"tokens": train_tokens, "label": reviews.train_label},
-        test={"tokens": test_tokens, "label": reviews.test_label},
+        train={"tokens": train_tokens, "length": train_lengths, "label": reviews.train_label},
+        test={"tokens": test_tokens, "length": test_lengths, "label": reviews.test_label},
         lengths=Lengths({"tokens": train_lengths}, {"tokens": test_lengths}, widths(config)),
         assets=reader.to_assets() | {"classes.txt": "\n".join(reviews.class_names).encode()},
         num_positions=num_positions,
@@ -112,8 +124,30 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         accumulate=config.accumulate,
         seed=config.seed,
         ema_decay=config.ema_decay,
+        predict_fn=predict_fn,
+        class_names=reviews.class_names,
         learning_rate=schedule,
+        torch_reference="benchmarks.torch_reference.text_classifier:reference",
+        torch_arguments={
+            "model": config.model,
+            "vocabulary_size": len(reader),
+            "num_classes": num_classes,
+            "optimizer": config.optimizer,
+            "learning_rate": config.learning_rate,
+            **{name: getattr(config, name) for name in _FIELDS},
+            # It refuses these.
+            **{
+                name: getattr(config, name)
+                for name in ("schedule", "weight_decay", "ema_decay", "ngrams")
+                if getattr(config, name) != getattr(Config(), name)
+            },
+        },
     )
+
+
+# Of the LSTM.
+_FIELDS = ("width", "hidden", "num_layers", "is_bidirectional", "pooling")
+_FIELDS += ("dropout_rate", "recurrent_dropout_rate")
 
 
 class Reader:
@@ -168,9 +202,7 @@ def widths(config: Config) -> tuple[int, ...]:
 
 def make_model(config: Config, vocabulary_size: int, num_classes: int):
     build = registry.get("text_model", config.model)
-    names = ("width", "hidden", "num_layers", "is_bidirectional", "pooling")
-    names += ("dropout_rate", "recurrent_dropout_rate")
-    fields = {name: getattr(config, name) for name in names}
+    fields = {name: getattr(config, name) for name in _FIELDS}
     model = build(vocabulary_size, num_classes, **(fields if config.model == "lstm_classifier" else {}))
     return models.functional(model, jax.ShapeDtypeStruct((1, config.max_length), jnp.int32))
 

@@ -241,7 +241,8 @@ def _train(
     if not hosts.is_first():
         return 0
     evaluated = result["eval"]
-    pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
+    drawn = [name for name in ("confusion.png", "samples.png") if (folder / name).exists()]
+    pictures = "".join(f", {name}" for name in drawn if options.pictures)
     waited = result.get("seconds_to_first_step")
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "

@@ -61,7 +61,7 @@ def keep_predictions(
     options: RunOptions,
     state: TrainState,
 ) -> None:
-    """Write what a classifier of images says of the test set, and draw it."""
+    """Write what a classifier says of the test set, and draw it."""
     if recipe.predict_fn is None:
         return
     where = dataclasses.replace(strategy, name="jit", virtual_shards=0)
@@ -74,7 +74,8 @@ def keep_predictions(
         return
     size = len(predictions["label"])
     shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
-    samples = {i: row_of(recipe.test, i)["image"] for i in shown}
+    rows = {i: row_of(recipe.test, i) for i in shown}
+    samples = {i: row["image"] for i, row in rows.items() if "image" in row}
     save_predictions(
         folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
     )

@@ -223,3 +223,24 @@ def load_made_reviews(
         label = rng.permutation(np.arange(count, dtype=np.int32) % 2)
         parts += [[review(int(x)) for x in label], label]
     return Texts("made_reviews", *parts, ("neg", "pos"), "generated")
+
+
+def load_random_texts(
+    *, data_dir: Path | None = None, verify: str = "warn", progress: Progress = True
+) -> Texts:
+    """Random texts: 4,000 and 1,000 of 200 words each, of 20,000 words, for measuring speed.
+
+    Args:
+        data_dir: not used; there for the sake of one signature.
+        verify: not used, but checked.
+        progress: not used.
+    """
+    del data_dir, progress
+    check_verify(verify)
+    rng = np.random.default_rng(0)
+    parts = []
+    for count in (4000, 1000):
+        numbers = rng.integers(0, 20_000, (count, 200))
+        parts += [[" ".join(f"w{n}" for n in row) for row in numbers]]
+        parts += [rng.integers(0, 2, count, dtype=np.int32)]
+    return Texts("random_texts", *parts, ("neg", "pos"), "generated")

@@ -114,8 +114,9 @@ class NGrams:
         """
         if order < 1 or base**order >= 2**63:
             raise errors.ConfigError(f"runs of 1 to {order} of {base:,} words have too many numbers")
-        keys = np.concatenate([_runs(text, order, base) for text in texts])
-        found, counts = np.unique(keys, return_counts=True)
+        keys, owners = _runs(texts, order, base)
+        found, numbers = np.unique(keys, return_inverse=True)
+        counts = np.bincount(_once(owners, numbers, len(found))[1], minlength=len(found))
         chosen = np.argsort(-counts, kind="stable")[: size - 1]
         return cls(np.sort(found[chosen]), order, base)
 
@@ -147,31 +148,35 @@ class NGrams:
 
     def encode(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each text's known runs, each once, int32 `[T]`, in the order of their numbers."""
-        found = []
-        for text in texts:
-            keys = _runs(text, self._order, self._base)
-            places = np.searchsorted(self._keys, keys)
-            places = np.minimum(places, len(self._keys) - 1)
-            found.append((places[self._keys[places] == keys] + 1).astype(np.int32))
-        return found
+        keys, owners = _runs(texts, self._order, self._base)
+        places = np.searchsorted(self._keys, keys)
+        is_known = np.append(self._keys, -1)[places] == keys
+        owners, numbers = _once(owners[is_known], places[is_known] + 1, len(self))
+        ends = np.searchsorted(owners, np.arange(1, len(texts)))
+        return np.split(numbers.astype(np.int32), ends)
 
 
-def _runs(text: np.ndarray, order: int, base: int) -> np.ndarray:
-    """The runs of a text, each once and sorted, as numbers; shorter ones come before longer ones.
-
-    Runs with an unknown word aren't counted.
-    """
-    words = text.astype(np.int64)
-    is_known = words > 1
-    runs, keys, good = [], np.zeros(len(words), np.int64), np.ones(len(words), bool)
+def _runs(texts: Sequence[np.ndarray], order: int, base: int) -> tuple[np.ndarray, np.ndarray]:
+    """The runs of known words in texts, as numbers, and the text that each is in."""
+    words = np.concatenate([np.zeros(0, np.int64), *texts]).astype(np.int64)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    is_run, key, keys, owners = words > 1, words, [], []
     for n in range(order):
-        size = len(words) - n
-        if size < 1:
+        if n:  # each run that goes on with a known word of the same text
+            goes_on = (words[n:] > 1) & (owner[n:] == owner[: len(owner) - n])
+            key = key[:-1] * base + words[n:]
+            is_run = is_run[:-1] & goes_on
+        keys.append(key[is_run])
+        owners.append(owner[: len(key)][is_run])
+        if len(key) < 2:
             break
-        keys = keys[:size] * base + words[n:]
-        good = good[:size] & is_known[n:]
-        runs.append(keys[good])
-    return np.unique(np.concatenate(runs)) if runs else np.zeros(0, np.int64)
+    return np.concatenate(keys), np.concatenate(owners)
+
+
+def _once(owners: np.ndarray, numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each pair once, in order; numbers are below size."""
+    pairs = np.unique(owners.astype(np.int64) * size + numbers)
+    return pairs // size, pairs % size
 
 
 def pad(

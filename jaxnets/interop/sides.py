@@ -192,8 +192,9 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
 
         def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
-            if context.method_name == "__call__" and isinstance(out, jax.Array):
-                _add(seen, "/".join(context.module.path), out)
+            first = out[0] if isinstance(out, tuple) else out  # of a recurrent layer, beside its state
+            if context.method_name == "__call__" and isinstance(first, jax.Array):
+                _add(seen, "/".join(context.module.path), first)
                 if isinstance(context.module, Dropout):
                     rates.append(float(context.module.rate))
             return out
@@ -214,7 +215,7 @@ def _torch_outputs(model: Any, reference: Reference) -> Iterator[Arrays]:
 
     def hook_of(name: str) -> Any:
         def hook(_module: Any, _args: Any, out: Any) -> None:
-            array = out.detach().numpy()
+            array = (out[0] if isinstance(out, tuple) else out).detach().numpy()
             _add(seen, name, array.transpose(0, 2, 3, 1) if array.ndim == 4 else array.copy())
 
         return hook

@@ -42,7 +42,7 @@ class _Direction(nn.Module):
     def __call__(
         self, x: Array, start: tuple[Array, ...], mask: Array | None, train: bool, rows: Array | None
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Outputs `[T, B, H]` and the state after the last step, of x `[B, T, D]` and mask `[T, B]`."""
+        """Outputs `[B, T, H]` and the state after the last step, of x `[B, T, D]` and mask `[B, T]`."""
         num_gates, size = _NUM_GATES[self.kind], self.hidden
         batch, _, width = x.shape
         init = nn.initializers
@@ -63,13 +63,18 @@ class _Direction(nn.Module):
             ones, train=train, rows=rows
         )
         gates = jnp.einsum("BTD,DG->TBG", x, kernel.astype(dtype)) + bias.astype(dtype)[None, None]
-        options = {"mask": mask, "keep": None if keep is ones else keep, "reverse": self.reverse}
+        options = {
+            "mask": None if mask is None else mask.T,
+            "keep": None if keep is ones else keep,
+            "reverse": self.reverse,
+        }
         if self.kind == "lstm":
-            y, h, c = ops.lstm(gates, recurrent.astype(dtype), *start, **options)
-            return y, (h, c)
-        hidden_bias = self.param("recurrent_bias", init.zeros, (size,), jnp.float32)
-        y, h = ops.gru(gates, recurrent.astype(dtype), hidden_bias.astype(dtype), *start, **options)
-        return y, (h,)
+            y_TBH, *end = ops.lstm(gates, recurrent.astype(dtype), *start, **options)
+        else:
+            hidden_bias = self.param("recurrent_bias", init.zeros, (size,), jnp.float32).astype(dtype)
+            y_TBH, *end = ops.gru(gates, recurrent.astype(dtype), hidden_bias, *start, **options)
+        y_BTH = y_TBH.swapaxes(0, 1)
+        return y_BTH if mask is None else jnp.where(mask[:, :, None], y_BTH, 0), tuple(end)
 
 
 class LSTM(nn.Module):
@@ -112,8 +117,8 @@ class LSTM(nn.Module):
             mask: boolean `[B, T]`, false for steps that a row doesn't take, such as padding.
 
         Returns:
-            the last layer's outputs `[B, T, H]`, with both directions `[B, T, 2 H]`, and h and c after
-            the last step, as `start` has them.
+            the last layer's outputs `[B, T, H]`, with both directions `[B, T, 2 H]`, 0 where the mask is
+            false, and h and c after the last step that was taken, as `start` has them.
         """
         y, (h, c) = _stacked(self, "lstm", x, start, train, rows, mask)
         return y, (h, c)
@@ -165,7 +170,6 @@ def _stacked(layer, kind, x, start, train, rows, mask):
         start = (jnp.zeros(shape, layer.dtype or x.dtype),) * (2 if kind == "lstm" else 1)
     if any(part.shape != shape for part in start):
         raise ValueError(f"the first state is {shape}, not {[part.shape for part in start]}")
-    mask_TB = None if mask is None else mask.T
     ends = []
     for i in range(layer.num_layers):
         outputs = []
@@ -180,10 +184,10 @@ def _stacked(layer, kind, x, start, train, rows, mask):
                 name=f"{'backward' if k else 'forward'}{i + 1}",
             )
             first = tuple(part[i * num_directions + k] for part in start)
-            y_TBH, end = direction(x, first, mask_TB, train, rows)
-            outputs.append(y_TBH)
+            y_BTH, end = direction(x, first, mask, train, rows)
+            outputs.append(y_BTH)
             ends.append(end)
-        x = jnp.concatenate(outputs, axis=2).swapaxes(0, 1)
+        x = jnp.concatenate(outputs, axis=2)
     return x, tuple(jnp.stack(parts) for parts in zip(*ends, strict=True))
 
 

@@ -100,6 +100,7 @@ entries: dict[str, dict[str, Entry]] = {
     "text_dataset": _built_in(
         imdb="data.imdb:load_imdb",
         made_reviews="data.texts:load_made_reviews",
+        random_texts="data.texts:load_random_texts",
     ),
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
