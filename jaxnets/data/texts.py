@@ -197,7 +197,7 @@ def load_made_reviews(
 ) -> Texts:
     """Made reviews: 2,000 and 500 texts of phrases with praise or blame, some of them denied.
 
-    A quarter of the phrases of each review are of the other opinion.
+    One in seven phrases of a review, about, is of the other opinion.
 
     Args:
         data_dir: not used; there for the sake of one signature.
@@ -211,7 +211,7 @@ def load_made_reviews(
     def review(label: int) -> str:
         phrases = []
         for _ in range(rng.integers(3, 16)):
-            is_good = bool(label) == (rng.random() >= 0.25)
+            is_good = bool(label) == (rng.random() >= 0.15)
             words = (_GOOD, _BAD) if is_good else (_BAD, _GOOD)
             word, other = (group[rng.integers(len(group))] for group in words)
             frame = _FRAMES[rng.integers(len(_FRAMES))]

@@ -16,8 +16,9 @@ def run(*words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imdb") / "run"
-    words = ["--model", "weighted_naive_bayes", "--ngrams", "2", "--epochs", "3"]
-    assert run("train", *SMALL, *words, "--learning-rate", "0.01", "--run-dir", str(folder)) == 0
+    words = ["--model", "weighted_naive_bayes", "--ngrams", "3", "--max-length", "200", "--epochs", "3"]
+    words += ["--learning-rate", "0.01", "--run-dir", str(folder)]
+    assert run("train", *words) == 0
     return folder
 
 
@@ -34,7 +35,7 @@ def test_texts_from_a_file_to_a_file(trained, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("the cast is wonderful\nthe script is clumsy\n")
     words = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.csv")]
     assert run("predict", *words, "--run-dir", str(trained), "--checkpoint", "best") == 0
-    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
     assert [row["class"] for row in rows] == ["pos", "neg"]
     assert rows[1]["text"] == "the script is clumsy"
 
