@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
 
     from jaxnets.data import Lengths
     from jaxnets.train.mesh import Rules
+    from jaxnets.train.row_updates import Tables
     from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
 
@@ -55,6 +56,8 @@ class Recipe:
             instead, in a program of its own, as for images that grow during the run.
         rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
             spec), such as `models.gpt.sharding_rules()`; None if the model has none.
+        tables: parameters that are tables, of which a step updates the rows of its batch alone; tx must
+            be for rows, as those of `train.row_optim` are. None for none.
         on_nonfinite: what becomes of a step whose loss or gradients aren't finite: "stop" ends the run
             with nothing of it applied, "skip" goes on with the next.
         max_spike: a step is skipped if its loss or the norm of its gradients is more than so many
@@ -90,6 +93,7 @@ class Recipe:
     assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     stages: "Sequence[tuple[int, LossFn]]" = ()
     rules: "Rules | None" = None
+    tables: "Tables | None" = None
     on_nonfinite: str = "stop"
     max_spike: float | None = None
     torch_reference: str | None = None

@@ -69,6 +69,12 @@ entries: dict[str, dict[str, Entry]] = {
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
     ),
+    "recommender": _built_in(
+        matrix_factorization="models.matrix_factorization:matrix_factorization",
+        embedding_dot="models.matrix_factorization:embedding_dot",
+        neumf="models.neumf:neumf",
+        two_tower="models.two_tower:two_tower",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
@@ -87,12 +93,26 @@ entries: dict[str, dict[str, Entry]] = {
         muon="train.muon:muon",
         muon_sgd="train.muon:muon_sgd",
     ),
+    "row_optimizer": _built_in(
+        sgd="train.row_optim:sgd",
+        adagrad="train.row_optim:adagrad",
+        lazy_adam="train.row_optim:lazy_adam",
+    ),
     "dataset": _built_in(
         cifar10="data.cifar:load_cifar10",
         digits="data.digits:load_digits",
         mnist="data.idx:load_mnist",
         random_images="data.random_images:load_random_images",
     ),
+    "ratings": {
+        name: Entry(f"jaxnets.data.{target}")
+        for name, target in {
+            "generated": "generated_ratings:load_generated",
+            "ml-latest-small": "movielens:load_latest_small",
+            "ml-100k": "movielens:load_100k",
+            "ml-1m": "movielens:load_1m",
+        }.items()
+    },
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
 loading: contextvars.ContextVar[str | None] = contextvars.ContextVar("loading", default=None)
