@@ -241,7 +241,7 @@ def _train(
     if not hosts.is_first():
         return 0
     evaluated = result["eval"]
-    pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
+    pictures = ", confusion.png, samples.png" if recipe.has_pictures and options.pictures else ""
     waited = result.get("seconds_to_first_step")
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "

@@ -42,8 +42,8 @@ class Recipe:
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
-        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]` of a classifier of images,
-            whose predictions on the test set are kept and drawn; None for others.
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, ...]`, whose speed a duel
+            compares; of a classifier of images `[B, V]`, which are kept and drawn for the test set.
         class_names: of a classifier, one for each class, where the data set has them.
         learning_rate: `learning_rate(step)` is the rate of a step, counted from 0, for the record; it
             does not set the optimizer's.
@@ -108,6 +108,12 @@ class Recipe:
     def use_health(self) -> bool:
         """Whether steps may be skipped, so that the state remembers them."""
         return self.on_nonfinite != "stop" or self.max_spike is not None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it is a classifier of images, whose predictions are kept and drawn."""
+        has_images = not isinstance(self.test, Mapping) or "image" in self.test
+        return self.predict_fn is not None and has_images
 
     @property
     def num_examples(self) -> int:

@@ -7,6 +7,7 @@ and item is a row `[2]` of integers, so that `[B, K, 2]` are K items for each of
 import chex
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets.layers import Embedding
@@ -78,6 +79,24 @@ class MatrixFactorization(nn.Module):
         if self.use_bias:
             scores_BI = scores_BI + self.user_bias(user) + self.item_bias.embedding.T
         return scores_BI
+
+
+    def squared_norms(self, pairs: Array) -> tuple[Array, Array]:
+        """What a penalty is of: `|user|**2 + |item|**2` of the vectors and of the biases, `[...]` each."""
+        user, item = split_pairs(pairs)
+        vectors = jnp.sum(self.user(user) ** 2, axis=-1) + jnp.sum(self.item(item) ** 2, axis=-1)
+        if not self.use_bias:
+            return vectors, jnp.zeros_like(vectors)
+        return vectors, self.user_bias(user)[..., 0] ** 2 + self.item_bias(item)[..., 0] ** 2
+
+
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+    """Where the leaves of the training state of any recommender lie: vectors are cut along their width.
+
+    Returns:
+        ordered (pattern, spec), as of `jaxnets.models.gpt.sharding_rules`.
+    """
+    return ("_bias/embedding$", P()), ("embedding$", P(None, ("fsdp", "tensor"))), (".*", P())
 
 
 def split_pairs(pairs: Array) -> tuple[Array, Array]:

@@ -83,20 +83,20 @@ def test_rows_equal_whole_tables(name, x64):
     dense, _, expected = run(name, tables=None)
     assert tiny.relative_difference(tiny.learnt(state), tiny.learnt(dense)) < 1e-12
     np.testing.assert_allclose(seen, expected, rtol=1e-12)
-    assert seen[-1, 0] < seen[0, 0]
+    assert seen[:, 0].min() < seen[0, 0]
 
 
 def test_lazy_adam_is_adam_on_the_rows_that_are_used(x64):
     """A table of which every step uses every row is updated as by Adam; elsewhere nothing moves."""
     once = tiny.draws(Batches(N, N, 5 * N, seed=1))
-    state, states, _ = run("lazy_adam", draws=once)
-    dense, _, _ = run(optax.adam(0.01), tables=None, draws=once)
+    # The two add epsilon at different places, so here it is next to nothing.
+    state, states, _ = run(row_optim.lazy_adam(0.01, epsilon=1e-30), draws=once)
+    dense, _, _ = run(optax.adam(0.01, eps=1e-30), tables=None, draws=once)
     used = {name: np.zeros(size, bool) for name, size in (("user", U), ("item", I))}
     for name, array in used.items():
         array[ratings()[name]] = True
     for name in ("user", "item"):
         found, adam = state.params[name]["embedding"], dense.params[name]["embedding"]
-        # The epsilon is added at another place.
         np.testing.assert_allclose(found[used[name]], adam[used[name]], rtol=1e-5)
         np.testing.assert_array_equal(found[~used[name]], states[0][name]["embedding"][~used[name]])
     assert not used["item"].all()
@@ -133,6 +133,7 @@ def test_rows_equal_pytorch_s_sparse_optimizers(name, x64):
         "adagrad": lambda: torch.optim.Adagrad(weights, lr=0.1),
         "lazy_adam": lambda: torch.optim.SparseAdam(weights, lr=0.01),
     }[name]()
+    torch.sparse.check_sparse_tensor_invariants.disable()  # or it warns that it is not on
     data = {key: torch.tensor(x) for key, x in ratings().items()}
     for i, draw in enumerate(DRAWS):
         index = torch.tensor(draw["index"][draw["mask"]])
