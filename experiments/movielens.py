@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,41 +84,42 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     model = build(data.num_users, data.num_items, **_fields(config, parts["train"]))
     init_fn, apply_fn = models.functional(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
-    def pairs_of(user, item):
-        user = user.reshape(-1, *(1,) * (item.ndim - 1))
-        return jnp.stack([jnp.broadcast_to(user, item.shape), item], axis=-1)
+    def of_model(method, params, *args):
+        return model.apply({"params": params}, *args, method=method)
 
     def complete(batch):
         """Sample films, which belong to an example's place in the run, beside the one that was rated."""
         if is_explicit or "items" in batch:
             return batch
         key, count = jax.random.key(config.seed), config.num_negatives
-        bits_BK = ops.row_bits(key, batch["position"], (count,))
-        sampled_BK = (bits_BK % jnp.uint32(data.num_items)).astype(jnp.int32)
-        return {**batch, "items": jnp.concatenate([batch["item"][:, None], sampled_BK], axis=1)}
+        bits_BJ = ops.row_bits(key, batch["position"], (count,))
+        sampled_BJ = (bits_BJ % jnp.uint32(data.num_items)).astype(jnp.int32)
+        return {**batch, "items": jnp.concatenate([batch["item"][:, None], sampled_BJ], axis=1)}
 
     def loss_fn(params, model_state, batch, *, key):
-        batch = complete(batch)
-        pairs = pairs_of(batch["user"], batch["item" if is_explicit else "items"])
-        scores, model_state = apply_fn(params, model_state, pairs, train=True, key=key)
-        seen = {}
+        batch, seen = complete(batch), {}
+        item = batch["item"] if is_explicit else batch["items"][:, 0]
+        pairs = jnp.stack([batch["user"], item], axis=-1)
         if is_explicit:
+            scores, _ = apply_fn(params, model_state, pairs, train=True, key=key)
             loss = losses.squared_error(scores, batch["rating"].astype(scores.dtype))
             seen["mse"] = metrics.Mean.of(loss, batch["mask"])
-        elif config.loss == "bce":
-            is_rated_BK = jnp.broadcast_to((jnp.arange(scores.shape[1]) == 0)[None], scores.shape)
-            loss = jnp.sum(losses.sigmoid_cross_entropy(scores, is_rated_BK), axis=1) / scores.shape[1]
         else:
+            scores = of_model("some_items", params, batch["user"], batch["items"])
+        if config.loss == "bce":
+            is_rated_BJ = jnp.broadcast_to((jnp.arange(scores.shape[1]) == 0)[None], scores.shape)
+            loss = jnp.sum(losses.sigmoid_cross_entropy(scores, is_rated_BJ), axis=1) / scores.shape[1]
+        elif config.loss == "softmax":
             loss = losses.softmax_cross_entropy(scores, jnp.zeros(len(scores), jnp.int32))
         terms = {"loss": loss}
         if config.penalty or config.bias_penalty:
-            norms = model.apply({"params": params}, pairs, method="squared_norms")
-            each = config.penalty * norms[0] + config.bias_penalty * norms[1]
-            terms["penalty"] = jnp.mean(each.reshape(len(loss), -1), axis=1)
+            norms = of_model("squared_norms", params, pairs)
+            terms["penalty"] = config.penalty * norms[0] + config.bias_penalty * norms[1]
         return terms, model_state, seen
 
     def predict_fn(params, model_state, batch):
-        return apply_fn(params, model_state, pairs_of(batch["user"], batch["item"]), train=False)[0]
+        pairs = jnp.stack([batch["user"], batch["item"]], axis=-1)
+        return apply_fn(params, model_state, pairs, train=False)[0]
 
     def judge_ratings(params, model_state, batch):
         stars = jnp.clip(predict_fn(params, model_state, batch).astype(jnp.float32), 0.5, 5)
@@ -129,12 +131,12 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
 
     def judge_ranking(params, model_state, batch):
         mask, user = batch["mask"], batch["user"]
-        items_BK = jnp.concatenate([batch["item"][:, None], batch["sampled"]], axis=1)
-        scores_BK = apply_fn(params, model_state, pairs_of(user, items_BK), train=False)[0]
-        scores_BI = model.apply({"params": params}, user, method="all_items")
+        items_BJ = jnp.concatenate([batch["item"][:, None], batch["sampled"]], axis=1)
+        scores_BJ = of_model("some_items", params, user, items_BJ)
+        scores_BI = of_model("all_items", params, user)
         is_new_BI = jnp.unpackbits(batch["seen"], axis=1, count=data.num_items) == 0
         ranks = {
-            "sampled99": metrics.rank_of(scores_BK, jnp.zeros_like(user)),
+            "sampled99": metrics.rank_of(scores_BJ, jnp.zeros_like(user)),
             "all": metrics.rank_of(scores_BI, batch["item"], is_new_BI),
         }
         found = {"mrr_all": metrics.Mean.of(metrics.reciprocal_rank(ranks["all"]), mask)}
@@ -228,9 +230,7 @@ def catalogue_of(data: ratings.Ratings, rows: np.ndarray, config: Config, train_
     """What `recommend` needs beside the weights: ids, titles, and what each user has rated."""
     arrays = {
         **ratings.catalogue(data),
-        "seen": ratings.packed_items(
-            train_["user"], train_["item"], data.num_users, data.num_items
-        ),
+        "seen": ratings.packed_items(train_["user"], train_["item"], data.num_users, data.num_items),
         "mean": np.asarray(_fields(config, train_).get("mean", 0.0)),
     }
     content = io.BytesIO()
@@ -238,8 +238,8 @@ def catalogue_of(data: ratings.Ratings, rows: np.ndarray, config: Config, train_
     return content.getvalue()
 
 
-def _fields(config: Config, train_) -> dict:
-    fields = {"dtype": None if config.dtype == "float32" else jnp.dtype(config.dtype)}
+def _fields(config: Config, train_) -> dict[str, Any]:
+    fields: dict[str, Any] = {"dtype": None if config.dtype == "float32" else jnp.dtype(config.dtype)}
     if config.model != "neumf":
         fields["width"] = config.width
     if config.loss == "squared_error" and config.model == "matrix_factorization":
@@ -275,7 +275,8 @@ def _check(config: Config) -> None:
         raise errors.ConfigError(f"{config.model} has no penalty; {' and '.join(_FACTORIZATIONS)} have")
     if config.loss == "squared_error" and config.model != "matrix_factorization":
         raise errors.ConfigError(
-            f"ratings are predicted by matrix_factorization; for {config.model} say --loss bce or softmax"
+            f"{config.model} doesn't predict ratings, as matrix_factorization does: say --loss bce or "
+            "softmax"
         )
     if config.patience < 0:
         raise errors.ConfigError(f"patience must be at least 0, not {config.patience}")
@@ -310,7 +311,9 @@ def recommend(saved: SavedRun, words: Sequence[str], flags: RecommendFlags) -> N
         raise errors.ConfigError(f"count is 1 to {size}, the films there are, not {flags.count}")
     scores_I = model.apply({"params": params}, jnp.array([user]), method="all_items")[0]
     is_seen_I = jnp.unpackbits(jnp.asarray(known["seen"][user]), count=size) == 1
-    best, items = jax.lax.top_k(jnp.where(is_seen_I, -jnp.inf, scores_I.astype(jnp.float32)), flags.count)
+    best, items = jax.lax.top_k(
+        jnp.where(is_seen_I, -jnp.inf, scores_I.astype(jnp.float32)), flags.count
+    )
     what = "stars" if saved.config.loss == "squared_error" else "score"
     print(f"for user {flags.user}, who has rated {int(is_seen_I.sum())} films in training:")
     for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
@@ -359,7 +362,7 @@ def _restored(saved: SavedRun):
     """The catalogue, the model and its parameters."""
     known = dict(np.load(io.BytesIO(saved.asset("catalogue.npz")), allow_pickle=False))
     config: Config = saved.config
-    fields = {"width": config.width} if config.model != "neumf" else {}
+    fields: dict[str, Any] = {"width": config.width} if config.model != "neumf" else {}
     if config.loss == "squared_error":
         fields["mean"] = float(known["mean"])
     build = registry.get("recommender", config.model)
@@ -369,7 +372,7 @@ def _restored(saved: SavedRun):
 
 
 def crossvalidate(argv: Sequence[str]) -> int:
-    """Train on all five folds, each in a run of its own that can be gone on with; the mean of both errors."""
+    """Train on all five folds, each in a run of its own that can be gone on with; print the means."""
     prog = "python -m experiments.movielens crossvalidate"
     try:
         preset, words = preset_of(argv, EXPERIMENT.presets)
@@ -407,7 +410,9 @@ FIVE_FOLD = Config(
     bias_penalty=0.05,
     epochs=30,
     batch_size=4096,
-    learning_rate=0.005,
+    update_rows=True,
+    optimizer="lazy_adam",
+    learning_rate=0.01,
 )
 
 # The dot product of two embeddings and a binary cross-entropy, over the films that a user has rated and
@@ -425,14 +430,14 @@ EXPERIMENT = cli.Experiment(
     name="movielens",
     about="Recommenders: ratings by matrix factorisation; embedding-dot, NeuMF and two towers by rank. "
     "`crossvalidate` trains on all five folds.",
-    config=Config(penalty=0.05),
+    config=Config(),
     make_recipe=make_recipe,
     presets={
         "five-fold": FIVE_FOLD,
         "tutorial": TUTORIAL,
         "neumf": dataclasses.replace(TUTORIAL, model="neumf", learning_rate=0.002),
         "two-tower": dataclasses.replace(
-            TUTORIAL, model="two_tower", loss="softmax", num_negatives=64, learning_rate=0.003
+            TUTORIAL, model="two_tower", loss="softmax", num_negatives=16, learning_rate=0.003
         ),
     },
     commands={

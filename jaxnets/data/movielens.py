@@ -91,9 +91,7 @@ def load_movielens(
     user_ids, user = np.unique(columns[0].astype(np.int64), return_inverse=True)
     item_ids, item = np.unique(columns[1].astype(np.int64), return_inverse=True)
     check_pairs(path, user, item, (user_ids, item_ids))
-    fold = None
-    if form.others:
-        fold = _read_folds(folder, form, columns)
+    titles = _titles_of(item_ids, item, path, folder / form.movies, form)
     return Ratings(
         name=name,
         user=user.astype(np.int32),
@@ -102,9 +100,9 @@ def load_movielens(
         time=columns[3].astype(np.int64),
         user_ids=user_ids,
         item_ids=item_ids,
-        titles=_titles_of(item_ids, item, path, folder / form.movies, form),
+        titles=titles,
         source=f"{folder} ({'official archive, SHA-256 verified' if is_verified else 'unpacked files'})",
-        fold=fold,
+        fold=_read_folds(folder, form, columns) if form.others else None,
     )
 
 

@@ -107,7 +107,9 @@ def number_of(ids: np.ndarray, wanted: str, kind: str) -> int:
     try:
         value = int(wanted)
     except ValueError:
-        raise errors.ConfigError(f"a {kind} is given by the number in the data, not {wanted!r}") from None
+        raise errors.ConfigError(
+            f"a {kind} is given by the number in the data, not {wanted!r}"
+        ) from None
     place = int(np.searchsorted(ids, value))
     if place < len(ids) and ids[place] == value:
         return place
@@ -167,11 +169,11 @@ def unseen_items(ratings: Ratings, users: np.ndarray, count: int, *, seed: int =
     Args:
         ratings: all of them, of training and test.
         users: `[M]`, numbers of users.
-        count: K, how many.
+        count: J, how many.
         seed: of the draw, which for each user depends on that and the user alone.
 
     Returns:
-        int32 `[M, K]`.
+        int32 `[M, J]`.
 
     Raises:
         ConfigError: if a user has fewer such items.
@@ -182,8 +184,8 @@ def unseen_items(ratings: Ratings, users: np.ndarray, count: int, *, seed: int =
     # One epoch of the stream is a permutation of the items: the first of it that are new to the user.
     # For most the beginning will do.
     width = min(size, 2 * count + 64)
-    first_UK = order.index(seed + _NEGATIVES, users[:, None] * size + np.arange(width), size)
-    for row, (user, items) in enumerate(zip(users.tolist(), first_UK, strict=True)):
+    first_MJ = order.index(seed + _NEGATIVES, users[:, None] * size + np.arange(width), size)
+    for row, (user, items) in enumerate(zip(users.tolist(), first_MJ, strict=True)):
         is_new = np.unpackbits(seen[user], count=size) == 0
         found = items[is_new[items]]
         if len(found) < count:
@@ -216,6 +218,6 @@ def packed_items(user: np.ndarray, item: np.ndarray, num_users: int, num_items: 
 
 
 def catalogue(ratings: Ratings) -> Mapping[str, np.ndarray]:
-    """What a model needs beside its weights to name users and items: `user_ids`, `item_ids`, `titles`."""
+    """What a model needs beside its weights to name users and items: both ids, and titles."""
     titles = np.asarray(ratings.titles, np.str_)
     return {"user_ids": ratings.user_ids, "item_ids": ratings.item_ids, "titles": titles}

@@ -151,7 +151,10 @@ def run_torch(
             loss = reference.loss_fn(model, batch)
             loss.backward()
             if i == 0:
-                found = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+                grad = {name: p.grad for name, p in model.named_parameters()}
+                found = {
+                    name: (x.to_dense() if x.is_sparse else x).numpy().copy() for name, x in grad.items()
+                }
                 grads = flatten(to_linen(only_params(reference.weights), found))
             optimizer.step()
             losses.append(loss.item())

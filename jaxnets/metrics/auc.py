@@ -41,7 +41,9 @@ class AUC:
         scores, labels = np.asarray(scores), np.asarray(labels)
         keep = np.ones(labels.shape, bool) if mask is None else np.asarray(mask, bool)
         if not scores.shape == labels.shape == keep.shape:
-            raise ValueError(f"scores {scores.shape}, labels {labels.shape} and mask {keep.shape} differ")
+            raise ValueError(
+                f"scores {scores.shape}, labels {labels.shape} and mask {keep.shape} differ"
+            )
         scores, labels = scores[keep], labels[keep]
         if not np.isin(labels, (0, 1)).all():
             raise ValueError("labels are 0 or 1")

@@ -1,7 +1,7 @@
 """How well scores rank items: one number for each query, whose `Mean` over queries merges exactly.
 
 Ties count against the model: of items with equal scores the wanted one comes last, so a model that
-says the same of all hits nothing.
+says the same of all hits nothing. I: the items that are ranked.
 """
 
 import chex

@@ -1,7 +1,8 @@
 """Matrix factorisation: a rating as a product of two vectors, and biases.
 
 Koren, Bell & Volinsky 2009, "Matrix factorization techniques for recommender systems". A pair of user
-and item is a row `[2]` of integers, so that `[B, K, 2]` are K items for each of B users.
+and item is a row `[2]` of integers, so that `[B, J, 2]` are J items for each of B users.
+I: the items there are.
 """
 
 import chex
@@ -73,6 +74,13 @@ class MatrixFactorization(nn.Module):
             scores = scores + self.user_bias(user)[..., 0] + self.item_bias(item)[..., 0]
         return scores
 
+    def some_items(self, user: Array, items: Array) -> Array:
+        """Scores `[B, J]` of users `[B]` for items `[B, J]`; the user's vector is looked up once."""
+        scores_BJ = jnp.einsum("BD,BJD->BJ", self.user(user), self.item(items)) + self.mean
+        if self.use_bias:
+            scores_BJ = scores_BJ + self.user_bias(user) + self.item_bias(items)[..., 0]
+        return scores_BJ
+
     def all_items(self, user: Array) -> Array:
         """Scores of every item, `[B, I]`, for users `[B]`."""
         scores_BI = self.item.attend(self.user(user)) + self.mean
@@ -80,9 +88,8 @@ class MatrixFactorization(nn.Module):
             scores_BI = scores_BI + self.user_bias(user) + self.item_bias.embedding.T
         return scores_BI
 
-
     def squared_norms(self, pairs: Array) -> tuple[Array, Array]:
-        """What a penalty is of: `|user|**2 + |item|**2` of the vectors and of the biases, `[...]` each."""
+        """What a penalty is of: `|user|**2 + |item|**2` of vectors and of biases, `[...]` each."""
         user, item = split_pairs(pairs)
         vectors = jnp.sum(self.user(user) ** 2, axis=-1) + jnp.sum(self.item(item) ** 2, axis=-1)
         if not self.use_bias:

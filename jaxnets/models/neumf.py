@@ -1,7 +1,7 @@
 """NeuMF: a weighted product of embeddings beside a multilayer perceptron.
 
 He et al. 2017, "Neural collaborative filtering" (arXiv 1708.05031): both parts have tables of their own,
-and one linear layer over both gives the logit.
+and one linear layer over both gives the logit. I: the items there are.
 """
 
 from collections.abc import Sequence
@@ -77,12 +77,14 @@ class NeuMF(nn.Module):
             x = jax.nn.relu(layer(x))
         return self.head(jnp.concatenate([product, x], axis=-1))[..., 0]
 
+    def some_items(self, user: Array, items: Array) -> Array:
+        """Logits `[B, J]` of users `[B]` for items `[B, J]`."""
+        return self(jnp.stack([jnp.broadcast_to(user[:, None], items.shape), items], axis=-1))
+
     def all_items(self, user: Array) -> Array:
         """Logits of every item, `[B, I]`, for users `[B]`."""
-        shape = (user.shape[0], self.num_items)
-        items_BI = jnp.broadcast_to(jnp.arange(self.num_items)[None], shape)
-        users_BI = jnp.broadcast_to(user[:, None], shape)
-        return self(jnp.stack([users_BI, items_BI], axis=-1))
+        items_I = jnp.arange(self.num_items)
+        return self.some_items(user, jnp.broadcast_to(items_I[None], (len(user), self.num_items)))
 
 
 def neumf(num_users: int = 1000, num_items: int = 1000, **kwargs) -> NeuMF:

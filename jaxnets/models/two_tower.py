@@ -1,8 +1,8 @@
 """Two towers: a vector of the user and one of the item, whose product is the score.
 
 Covington et al. 2016, "Deep neural networks for YouTube recommendations"; Yi et al. 2019,
-"Sampling-bias-corrected neural modeling". The items' vectors don't depend on the user, so that the best of
-a whole catalogue are one matrix product away.
+"Sampling-bias-corrected neural modeling". The items' vectors don't depend on the user, so that the
+best of a whole catalogue are one matrix product away. I: the items there are.
 """
 
 from collections.abc import Sequence
@@ -108,6 +108,10 @@ class TwoTower(nn.Module):
         del train, rows, mask
         user, item = split_pairs(pairs)
         return jnp.sum(self.user(user) * self.item(item), axis=-1) / self.temperature
+
+    def some_items(self, user: Array, items: Array) -> Array:
+        """Logits `[B, J]` of users `[B]` for items `[B, J]`; the user's tower is computed once."""
+        return jnp.einsum("BD,BJD->BJ", self.user(user), self.item(items)) / self.temperature
 
     def all_items(self, user: Array) -> Array:
         """Logits of every item, `[B, I]`, for users `[B]`."""

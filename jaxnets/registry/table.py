@@ -108,6 +108,7 @@ entries: dict[str, dict[str, Entry]] = {
         name: Entry(f"jaxnets.data.{target}")
         for name, target in {
             "generated": "generated_ratings:load_generated",
+            "generated-1m": "generated_ratings:load_generated_1m",
             "ml-latest-small": "movielens:load_latest_small",
             "ml-100k": "movielens:load_100k",
             "ml-1m": "movielens:load_1m",

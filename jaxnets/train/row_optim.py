@@ -1,8 +1,8 @@
 """Optimizers for tables that are updated by rows, as PyTorch has them for sparse gradients.
 
 What each does to a row depends on that row, its gradient and the number of the step alone, so it may be
-given the rows of a batch for a table (`jaxnets.train.row_updates`). Given whole tables they do the same to
-all rows, used or not. Weight decay, too, is of the rows that are used.
+given the rows of a batch for a table (`jaxnets.train.row_updates`). Given whole tables they do the same
+to all rows, used or not. Weight decay, too, is of the rows that are used.
 """
 
 from collections.abc import Callable
@@ -53,10 +53,10 @@ def adagrad(
     """
     check_numbers(learning_rate, weight_decay, momentum=0.0)
 
-    def update(grads: PyTree, sums: PyTree, params: Params | None = None):
+    def update(updates: PyTree, state: PyTree, params: Params | None = None):
         del params
-        sums = jax.tree.map(lambda s, g: s + g * g, sums, grads)
-        return jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + epsilon), sums, grads), sums
+        sums = jax.tree.map(lambda s, g: s + g * g, state, updates)
+        return jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + epsilon), sums, updates), sums
 
     scale = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
     return _chained(scale, learning_rate, weight_decay, decay_mask)
@@ -83,8 +83,8 @@ def lazy_adam(
 
     It isn't Adam (Kingma & Ba 2015): there the moments of every row decay at every step, and every row
     goes on moving by them. Here neither happens, while the correction of the moments' bias counts the
-    steps of the run, as in PyTorch: it is too little for a row that is used for the first time late, whose
-    first update is up to `(1 - momentum) / sqrt(1 - b2)`, 3.2 times as long as Adam's first.
+    steps of the run, as in PyTorch: it is too little for a row that is used for the first time late,
+    whose first update is up to `(1 - momentum) / sqrt(1 - b2)`, 3.2 times as long as Adam's first.
 
     Args:
         learning_rate: as of `sgd`.
@@ -100,11 +100,11 @@ def lazy_adam(
         zeros = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return LazyAdamState(jnp.zeros((), jnp.int32), *zeros)
 
-    def update(grads: PyTree, state: LazyAdamState, params: Params | None = None):
+    def update(updates: PyTree, state: Any, params: Params | None = None):
         del params
-        count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: m + (1 - momentum) * (g - m), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: v + (1 - b2) * (g * g - v), state.nu, grads)
+        count: Any = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: m + (1 - momentum) * (g - m), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: v + (1 - b2) * (g * g - v), state.nu, updates)
 
         def scaled(m: Array, v: Array) -> Array:
             t = count.astype(m.dtype)

@@ -136,7 +136,9 @@ def test_ranks_of_one_wanted_item(seed, cut, k):
         "gains": metrics.gain_at(ranks, k),
         "reciprocals": metrics.reciprocal_rank(ranks),
     }
-    found = {name: merged(lambda m, x=x: Mean.of(x, m), cut, mask).compute() for name, x in values.items()}
+    found = {
+        name: merged(lambda m, x=x: Mean.of(x, m), cut, mask).compute() for name, x in values.items()
+    }
     labels, kept = wanted[mask], scores[mask]
     expected = {
         "hits": theirs.top_k_accuracy_score(labels, kept, k=k, labels=np.arange(9)),

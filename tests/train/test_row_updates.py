@@ -14,7 +14,7 @@ from jaxnets.data import Batches
 from jaxnets.train import create_state, make_strategy, make_train_step, row_optim
 from jaxnets.train.row_updates import Tables, make_row_step, step_maker
 
-U, I, D, N = 40, 300, 4, 64  # users, items, width, ratings: fewer than items, more than users
+U, M, D, N = 40, 300, 4, 64  # users, items, width, ratings: fewer than items, more than users
 ENTRIES = {
     "user/embedding": "user",
     "user_bias/embedding": "user",
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 every_optimizer = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 
 
-def factorization(num_users=U, num_items=I, width=D):
+def factorization(num_users=U, num_items=M, width=D):
     model = models.matrix_factorization(num_users, num_items, width=width, mean=3.0, init_scale=0.5)
     return models.functional(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
@@ -46,7 +46,7 @@ def loss_of(apply_fn):
     return loss_fn
 
 
-def ratings(seed=0, num_users=U, num_items=I):
+def ratings(seed=0, num_users=U, num_items=M):
     rng = np.random.default_rng(seed)
     return {
         # Squared, so that some come often.
@@ -59,16 +59,16 @@ def ratings(seed=0, num_users=U, num_items=I):
 DRAWS = tiny.draws(Batches(N, 16, 100, seed=1))  # the last one short
 
 
-def run(name, *, tables=TABLES, strategy="jit", num_devices=1, dtype=jnp.float64, draws=DRAWS, **options):
+def run(
+    name, *, tables=TABLES, strategy="jit", num_devices=1, dtype=jnp.float64, draws=DRAWS, **options
+):
     """Train over the draws; the states after each step, the losses and the norms of gradients."""
     init_fn, apply_fn = factorization()
     tx = OPTIMIZERS[name] if isinstance(name, str) else name
     where = make_strategy(strategy, num_devices=num_devices)
     make_step = partial(step_maker(tables), loss_of(apply_fn), tx, **options)
     step = where.compile_step(make_step, ratings())
-    state = where.init(
-        lambda: tiny.to_float(create_state(init_fn, tx, key=jax.random.key(1)), dtype)
-    )
+    state = where.init(lambda: tiny.to_float(create_state(init_fn, tx, key=jax.random.key(1)), dtype))
     states, seen = [jax.device_get(state.params)], []
     for draw in draws:
         state, values = step(state, draw)
@@ -92,7 +92,7 @@ def test_lazy_adam_is_adam_on_the_rows_that_are_used(x64):
     # The two add epsilon at different places, so here it is next to nothing.
     state, states, _ = run(row_optim.lazy_adam(0.01, epsilon=1e-30), draws=once)
     dense, _, _ = run(optax.adam(0.01, eps=1e-30), tables=None, draws=once)
-    used = {name: np.zeros(size, bool) for name, size in (("user", U), ("item", I))}
+    used = {name: np.zeros(size, bool) for name, size in (("user", U), ("item", M))}
     for name, array in used.items():
         array[ratings()[name]] = True
     for name in ("user", "item"):
@@ -108,7 +108,7 @@ def test_a_row_moves_when_it_is_used_and_not_otherwise(name):
     for draw, before, after in zip(DRAWS, states[:-1], states[1:], strict=True):
         real = draw["index"][draw["mask"]]
         for entry in ("user", "item"):
-            is_used = np.isin(np.arange(U if entry == "user" else I), ratings()[entry][real])
+            is_used = np.isin(np.arange(U if entry == "user" else M), ratings()[entry][real])
             moved = np.any(before[entry]["embedding"] != after[entry]["embedding"], axis=1)
             # What only fills up a batch has a gradient of 0, which moments may still move.
             padding = np.isin(np.arange(len(moved)), ratings()[entry][draw["index"]]) & ~is_used
@@ -197,7 +197,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("entry", ["user", "item"])
-@pytest.mark.parametrize("wrong", [-1, I, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("wrong", [-1, M, 2**31 - 1, -(2**31)])
 def test_an_index_that_is_no_row_stops_the_run_with_nothing_applied(entry, wrong):
     index = ratings()[entry].copy()
     index[3] = wrong
@@ -226,7 +226,7 @@ def test_entries_may_be_added_to_the_batch():
     def complete(batch):
         if "items" in batch:
             return batch
-        others = (batch["item"][:, None] + jnp.array([[7, 11]])) % I
+        others = (batch["item"][:, None] + jnp.array([[7, 11]])) % M
         return {**batch, "items": jnp.concatenate([batch["item"][:, None], others], axis=1)}
 
     def loss_fn(params, model_state, batch, *, key):
@@ -246,7 +246,7 @@ def test_entries_may_be_added_to_the_batch():
 
 
 def test_parameters_without_a_table_are_trained_beside_it():
-    model = models.neumf(U, I, hidden=(8, 4))
+    model = models.neumf(U, M, hidden=(8, 4))
     init_fn, apply_fn = models.functional(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     entries = {f"{prefix}{e}/embedding": e for prefix in ("", "mlp_") for e in ("user", "item")}
     tx = OPTIMIZERS["adagrad"]
