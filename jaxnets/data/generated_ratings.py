@@ -52,20 +52,25 @@ def generate_ratings(
     rng = np.random.default_rng(seed)
     taste_UD = rng.normal(size=(num_users, _RANK))
     item_ID = rng.normal(size=(num_items, _RANK))
-    affinity_UI = 0.5 * taste_UD @ item_ID.T / np.sqrt(_RANK)
     bias_U, bias_I = rng.normal(0, 0.3, num_users), rng.normal(0, 0.4, num_items)
-    stars_UI = 3.5 + bias_U[:, None] + bias_I[None] + affinity_UI
-    # The greatest of scores with Gumbel noise are a draw without repetition.
     popularity_I = rng.normal(0, 1, num_items) + bias_I
-    scores_UI = popularity_I[None] + 2 * affinity_UI + rng.gumbel(size=stars_UI.shape)
-    ranked_UI = np.argsort(-scores_UI, axis=1)
     counts = np.full(num_users, mean_count)
     shift = rng.integers(0, mean_count // 2 + 1, num_users // 2)  # as many more as others have fewer
     counts[: len(shift)] += shift
     counts[len(shift) : 2 * len(shift)] -= shift
     user = np.repeat(np.arange(num_users), counts)
-    item = np.concatenate([rng.permutation(ranked_UI[u, :n]) for u, n in enumerate(counts)])
-    rating = stars_UI[user, item] + rng.normal(0, _NOISE, len(user))
+
+    def affinity(u: np.ndarray, i: np.ndarray) -> np.ndarray:
+        return 0.5 * np.sum(taste_UD[u] * item_ID[i], axis=-1) / np.sqrt(_RANK)
+
+    items, every = [], np.arange(num_items)
+    for u, count in enumerate(counts):
+        # The greatest of scores with Gumbel noise are a draw without repetition.
+        scores_I = popularity_I + 2 * affinity(np.array([u]), every) + rng.gumbel(size=num_items)
+        items.append(rng.permutation(np.argpartition(-scores_I, count)[:count]))
+    item = np.concatenate(items)
+    stars = 3.5 + bias_U[user] + bias_I[item] + affinity(user, item)
+    rating = stars + rng.normal(0, _NOISE, len(user))
     return Ratings(
         name=name,
         user=user.astype(np.int32),
