@@ -9,15 +9,15 @@ ml-latest-small (100,836 ratings, 610 users, 9,724 films; 1 MB to download), `--
 `--dataset ml-1m` the others.
 
 Ratings are judged by RMSE and MAE on one of five test sets (`--fold`); `crossvalidate` trains on all
-five. `--preset five-fold` reaches a five-fold RMSE of 0.8486 and a MAE of 0.6501 on random folds; each took
-7 to 13 s of training on one busy core of an AMD EPYC.
+five. `--preset five-fold` reaches a five-fold RMSE of 0.8486 and a MAE of 0.6501 on random folds; each
+took 7 to 13 s of training on one busy core of an AMD EPYC.
 
-Implicit feedback, where all that counts is who has rated what, is judged by leave-one-out: each
-user's latest film is held out, and its rank counts among 99 sampled films that the user never rated
+Implicit feedback, where all that counts is who has rated what, is judged by leave-one-out: each user's
+latest film is held out, and its rank counts among 99 sampled films that the user never rated
 (`_sampled99`, the protocol of He et al. 2017, arXiv 1708.05031) and among all of them (`_all`), which is
-what a catalogue asks for and is far harder (Krichene & Rendle 2020). `--preset tutorial` reaches an HR@10
-of 0.661 and 0.062, and an nDCG@10 of 0.414 and 0.032; the most popular films, whoever asks, have 0.602 and
-0.043, 0.353 and 0.019.
+what a catalogue asks for and is far harder (Krichene & Rendle 2020). `--preset tutorial` reaches an
+HR@10 of 0.661 and 0.062 and an nDCG@10 of 0.414 and 0.032; the most popular films, whoever asks, have
+0.602 and 0.043, 0.353 and 0.019.
 """
 
 import csv
