@@ -55,7 +55,7 @@ class Config:
     official_folds: bool = False  # those of the data set, where it has some, as ml-100k
     split_seed: int = 0  # of the folds, and of the films sampled for evaluation
     num_negatives: int = 4  # films sampled for each that was rated
-    width: int = 32  # of the vectors
+    width: int = 32  # of the vectors; NeuMF has the paper's
     penalty: float = 0.0  # times the squared length of the vectors, for each example
     bias_penalty: float = 0.0  # the same of the biases
     epochs: float = 20.0  # passes over the ratings
@@ -85,7 +85,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     optimizer = registry.get(kind, config.optimizer)
     data = load_ratings(config.dataset, data_dir=options.data_dir, verify=options.verify)
     is_explicit = config.loss == "squared_error"
-    rows, parts = (split_ratings if is_explicit else split_implicit)(data, config)
+    parts = (split_ratings if is_explicit else split_implicit)(data, config)
     model = build(data.num_users, data.num_items, **_fields(config, parts["train"]))
     init_fn, apply_fn = models.functional(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
@@ -183,7 +183,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         maximize=not is_explicit,
         rules=sharding_rules(),
         tables=Tables(_entries(init_fn, is_explicit), complete) if config.update_rows else None,
-        assets={"catalogue.npz": catalogue_of(data, rows, config, parts["train"])},
+        assets={"catalogue.npz": catalogue_of(data, config, parts["train"])},
         torch_reference="benchmarks.torch_reference.recommender:reference",
         torch_arguments={
             "num_users": data.num_users,
@@ -208,15 +208,14 @@ _ONLY_HERE = ("schedule", "warmup", "ema_decay")
 
 
 def split_ratings(data: ratings.Ratings, config: Config):
-    """The rows to train on, and the arrays of both parts: four folds and the fifth."""
+    """Four folds to train on, and the fifth."""
     fold = ratings.five_folds(data, seed=config.split_seed, official=config.official_folds)
-    rows = np.flatnonzero(fold != config.fold)
-    test = np.flatnonzero(fold == config.fold)
-    return rows, {"train": data.arrays(rows), "test": data.arrays(test)}
+    rows = {"train": np.flatnonzero(fold != config.fold), "test": np.flatnonzero(fold == config.fold)}
+    return {part: data.arrays(numbers) for part, numbers in rows.items()}
 
 
 def split_implicit(data: ratings.Ratings, config: Config):
-    """The rows to train on, and the arrays of both parts: all but each user's latest film, and that."""
+    """All but each user's latest film to train on, and that with what it is ranked among."""
     latest = ratings.latest_of_each_user(data)
     if not len(latest):
         raise errors.ConfigError(f"{data.name} has no user with two ratings, to hold out one")
@@ -228,10 +227,10 @@ def split_implicit(data: ratings.Ratings, config: Config):
     parts = {"train": train_, "test": test}
     for part in parts.values():
         del part["rating"]
-    return rows, parts
+    return parts
 
 
-def catalogue_of(data: ratings.Ratings, rows: np.ndarray, config: Config, train_) -> bytes:
+def catalogue_of(data: ratings.Ratings, config: Config, train_) -> bytes:
     """What `recommend` needs beside the weights: ids, titles, and what each user has rated."""
     arrays = {
         **ratings.catalogue(data),

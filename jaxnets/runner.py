@@ -55,6 +55,8 @@ def check_recipe(
             f"{recipe.name} updates the rows of tables, of which there is no fixed order: leave out "
             "--fixed-order"
         )
+    if recipe.tables is not None and recipe.ema_decay is not None:
+        raise errors.ConfigError("tables that are updated by rows have no moving average (ema_decay)")
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
     if recipe.num_positions > _MAX * recipe.batch_size:
