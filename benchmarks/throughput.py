@@ -124,7 +124,7 @@ def run_workload(
     experiment = registry.resolve(f"{workload.module}:EXPERIMENT")
     config = dataclasses.replace(
         experiment.config,
-        dataset="random_images",
+        dataset=workload.dataset,
         model=workload.model,
         batch_size=workload.batch_size,
         dtype=dtype,

@@ -18,6 +18,7 @@ class Workload:
         parity_steps: training steps compared in both precisions before anything is timed.
         fields: others of the experiment's config.
         module: the experiment.
+        dataset: of it, generated.
     """
 
     name: str
@@ -28,9 +29,14 @@ class Workload:
     steps_per_call: int = 1
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: str = "experiments.cifar10"
+    dataset: str = "random_images"
 
 
 _SMALL_STEPS = {"learning_rate": 0.001}
+_RATINGS = {"module": "experiments.movielens", "dataset": "generated-1m", "parity_steps": 3}
+_PENALTY = {"schedule": "constant", "penalty": 0.05, "bias_penalty": 0.05}
+_ROWS = {"fields": {**_PENALTY, "update_rows": True, "optimizer": "lazy_adam"}, **_RATINGS}
+_TABLES = {"fields": _PENALTY, **_RATINGS}
 
 WORKLOADS = {
     workload.name: workload
@@ -39,6 +45,13 @@ WORKLOADS = {
         Workload("lenet-128", "lenet", 128, fields=_SMALL_STEPS),
         Workload("resnet18-128", "resnet18", 128, parity_steps=3, fields=_SMALL_STEPS),
         Workload("speednet-256", "speednet", 256, parity_steps=3, fields=_SMALL_STEPS),
+        # Lazy Adam on rows against SparseAdam, and Adam on whole tables.
+        Workload("factorization-1024", "matrix_factorization", 1024, **_ROWS),
+        Workload("factorization-16384", "matrix_factorization", 16384, **_ROWS),
+        Workload("factorization-dense-1024", "matrix_factorization", 1024, **_TABLES),
+        Workload("factorization-dense-16384", "matrix_factorization", 16384, **_TABLES),
+        Workload("factorization-1-inference", "matrix_factorization", 1, "inference", **_TABLES),
+        Workload("factorization-128-inference", "matrix_factorization", 128, "inference", **_TABLES),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),

@@ -62,7 +62,7 @@ def keep_predictions(
     state: TrainState,
 ) -> None:
     """Write what a classifier says of the test set, and draw it."""
-    if recipe.predict_fn is None:
+    if recipe.predict_fn is None or not (recipe.has_pictures or recipe.class_names):
         return
     where = dataclasses.replace(strategy, name="jit", virtual_shards=0)
     step = where.compile_eval(

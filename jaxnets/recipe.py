@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
 
     from jaxnets.data import Lengths
     from jaxnets.train.mesh import Rules
+    from jaxnets.train.row_updates import Tables
     from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
 
@@ -41,8 +42,9 @@ class Recipe:
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
-        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]` of a classifier, whose
-            predictions on the test set are kept and drawn; None for others.
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, ...]`, whose speed a duel
+            compares; of a classifier, of images or with class_names, `[B, V]`, which are kept and drawn
+            for the test set.
         class_names: of a classifier, one for each class, where the data set has them.
         learning_rate: `learning_rate(step)` is the rate of a step, counted from 0, for the record; it
             does not set the optimizer's.
@@ -55,6 +57,8 @@ class Recipe:
             instead, in a program of its own, as for images that grow during the run.
         rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
             spec), such as `models.gpt.sharding_rules()`; None if the model has none.
+        tables: parameters that are tables, of which a step updates the rows of its batch alone; tx must
+            be for rows, as those of `train.row_optim` are. None for none.
         on_nonfinite: what becomes of a step whose loss or gradients aren't finite: "stop" ends the run
             with nothing of it applied, "skip" goes on with the next.
         max_spike: a step is skipped if its loss or the norm of its gradients is more than so many
@@ -90,6 +94,7 @@ class Recipe:
     assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     stages: "Sequence[tuple[int, LossFn]]" = ()
     rules: "Rules | None" = None
+    tables: "Tables | None" = None
     on_nonfinite: str = "stop"
     max_spike: float | None = None
     torch_reference: str | None = None
@@ -104,6 +109,12 @@ class Recipe:
     def use_health(self) -> bool:
         """Whether steps may be skipped, so that the state remembers them."""
         return self.on_nonfinite != "stop" or self.max_spike is not None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it is a classifier of images, whose predictions are kept and drawn."""
+        has_images = not isinstance(self.test, Mapping) or "image" in self.test
+        return self.predict_fn is not None and has_images
 
     @property
     def num_examples(self) -> int:

@@ -21,9 +21,9 @@ from jaxnets.train.loop import Clock, Several, StepMetrics, fit
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.peak import Usage, mean_usage, peak_flops
 from jaxnets.train.preemption import StopOnSignal
+from jaxnets.train.row_updates import step_maker
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState
-from jaxnets.train.step import make_train_step
 from jaxnets.train.watchdog import Watchdog
 from jaxnets.typing import LossFn
 
@@ -169,7 +169,7 @@ class Run:
 
         def compiled(loss_fn: LossFn, num_steps: int = 1) -> ShapeGuard:
             make_step = partial(
-                make_train_step,
+                step_maker(recipe.tables),
                 loss_fn,
                 recipe.tx,
                 weights_fn=recipe.weights_fn,

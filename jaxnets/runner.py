@@ -50,6 +50,13 @@ def check_recipe(
     uses_health(recipe.on_nonfinite, recipe.max_spike)
     parts = "shards of the fixed order" if strategy.virtual_shards else "devices"
     sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate, parts=parts)
+    if recipe.tables is not None and strategy.virtual_shards:
+        raise errors.ConfigError(
+            f"{recipe.name} updates the rows of tables, of which there is no fixed order: leave out "
+            "--fixed-order"
+        )
+    if recipe.tables is not None and recipe.ema_decay is not None:
+        raise errors.ConfigError("tables that are updated by rows have no moving average (ema_decay)")
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
     if recipe.num_positions > _MAX * recipe.batch_size:

@@ -14,6 +14,8 @@ from jaxnets.data.image_folder import ImageFolder as ImageFolder
 from jaxnets.data.image_folder import ImageFolders as ImageFolders
 from jaxnets.data.image_folder import open_images as open_images
 from jaxnets.data.order import index as index
+from jaxnets.data.ratings import Ratings as Ratings
+from jaxnets.data.ratings import load_ratings as load_ratings
 from jaxnets.data.sources import ArrayRecords as ArrayRecords
 from jaxnets.data.sources import Arrays as Arrays
 from jaxnets.data.sources import Source as Source

@@ -22,7 +22,8 @@ from jaxnets.interop.reference import Reference
 from jaxnets.interop.weights import flatten, only_params, to_linen, to_torch
 from jaxnets.layers.dropout import Dropout, without_dropout
 from jaxnets.recipe import Recipe
-from jaxnets.train import create_state, make_strategy, make_train_step
+from jaxnets.train import create_state, make_strategy
+from jaxnets.train.row_updates import step_maker
 
 Arrays = dict[str, np.ndarray]
 
@@ -92,7 +93,7 @@ def run_jax(
         state = strategy.init(lambda: create_state(lambda _: (params, model_state), tx, key=key))
         step = strategy.compile_step(
             partial(
-                make_train_step,
+                step_maker(recipe.tables),
                 recipe.loss_fn,
                 tx,
                 weights_fn=recipe.weights_fn,
@@ -150,7 +151,10 @@ def run_torch(
             loss = reference.loss_fn(model, batch)
             loss.backward()
             if i == 0:
-                found = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+                grad = {name: p.grad for name, p in model.named_parameters()}
+                found = {
+                    name: (x.to_dense() if x.is_sparse else x).numpy().copy() for name, x in grad.items()
+                }
                 grads = flatten(to_linen(only_params(reference.weights), found))
             optimizer.step()
             losses.append(loss.item())

@@ -174,7 +174,9 @@ class TorchSide:
                 return {"the logits": compute(self.resident, index, model).cpu().numpy().copy()}
         model.zero_grad(set_to_none=True)
         compute(self.resident, index, model).backward()
-        return {name: p.grad.cpu().numpy().copy() for name, p in model.named_parameters()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        dense = {name: x.to_dense() if x.is_sparse else x for name, x in grads.items()}
+        return {name: x.cpu().numpy().copy() for name, x in dense.items()}
 
     def first(self) -> list[list[float]]:
         """Take the first step, and wait for it: its values."""
@@ -305,5 +307,7 @@ def fastest_optimizer(
             wait()
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
+    if not times:  # it is for sparse gradients alone
+        return make_optimizer(model.parameters()), "for sparse gradients"
     best = min(times, key=lambda name: times[name])
     return make_optimizer(model.parameters(), **ways[best]), best

@@ -1,5 +1,6 @@
 """A table of vectors, one for each token or position."""
 
+import chex
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -52,9 +53,13 @@ class Embedding(nn.Module):
     axis: str | None = None
 
     def setup(self) -> None:
-        """Make the table."""
+        """Make the table, or take the one that is there: of a step on rows it has these alone."""
         shape = (self.num_embeddings, self.width)
-        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+        if self.has_variable("params", "embedding"):
+            self.embedding = self.get_variable("params", "embedding")
+            chex.assert_shape(self.embedding, (None, self.width))
+        else:
+            self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, indices: Array) -> Array:
         """Rows `[..., D]` for integers `[...]`."""

@@ -62,6 +62,23 @@ def data_sum(tree: PyTree) -> PyTree:
     return tree if name is None else lax.psum(tree, name)
 
 
+def data_gather(x: Array) -> Array:
+    """The rows of all devices that hold the parts of a batch, `[B, ...]`, in order.
+
+    Under `jit` arrays are global and this does nothing; under `pmap` it is `lax.all_gather`.
+    """
+    name = _axis.get()
+    return x if name is None else lax.all_gather(x, name, tiled=True)
+
+
+def own_part(x: Array, num_rows: int) -> Array:
+    """This device's rows, `[num_rows, ...]`, of what is the same on all devices; under `jit` all."""
+    name = _axis.get()
+    if name is None:
+        return x
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(name) * num_rows, num_rows)
+
+
 @contextlib.contextmanager
 def micro_batch(number: Array | int, of: int) -> Iterator[None]:
     """While this is open, the rows in hand are `number`, `number + of`, ... of a device's part."""

@@ -73,6 +73,12 @@ entries: dict[str, dict[str, Entry]] = {
         lstm_classifier="models.text_classifier:lstm_classifier",
         weighted_naive_bayes="models.text_classifier:weighted_naive_bayes",
     ),
+    "recommender": _built_in(
+        matrix_factorization="models.matrix_factorization:matrix_factorization",
+        embedding_dot="models.matrix_factorization:embedding_dot",
+        neumf="models.neumf:neumf",
+        two_tower="models.two_tower:two_tower",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
@@ -91,6 +97,11 @@ entries: dict[str, dict[str, Entry]] = {
         muon="train.muon:muon",
         muon_sgd="train.muon:muon_sgd",
     ),
+    "row_optimizer": _built_in(
+        sgd="train.row_optim:sgd",
+        adagrad="train.row_optim:adagrad",
+        lazy_adam="train.row_optim:lazy_adam",
+    ),
     "dataset": _built_in(
         cifar10="data.cifar:load_cifar10",
         digits="data.digits:load_digits",
@@ -102,6 +113,16 @@ entries: dict[str, dict[str, Entry]] = {
         made_reviews="data.texts:load_made_reviews",
         random_texts="data.texts:load_random_texts",
     ),
+    "ratings": {
+        name: Entry(f"jaxnets.data.{target}")
+        for name, target in {
+            "generated": "generated_ratings:load_generated",
+            "generated-1m": "generated_ratings:load_generated_1m",
+            "ml-latest-small": "movielens:load_latest_small",
+            "ml-100k": "movielens:load_100k",
+            "ml-1m": "movielens:load_1m",
+        }.items()
+    },
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
 loading: contextvars.ContextVar[str | None] = contextvars.ContextVar("loading", default=None)
