@@ -121,7 +121,7 @@ def load_text(
 
 
 def decode_text(content: bytes, place: str) -> str:
-    """The text of a file in UTF-8; line ends become `\\n`.
+    """The text of a file in UTF-8; its line ends become those of Unix.
 
     Args:
         content: of the file, perhaps with a byte order mark.

@@ -17,8 +17,10 @@ class Windows:
 
     Example:
         >>> windows = Windows(np.array([5, 6, 7, 8]), 3)
-        >>> len(windows), windows[1]["tokens"].tolist(), windows.take(np.array([1, 0]))["tokens"].tolist()
-        (2, [6, 7, 8], [[6, 7, 8], [5, 6, 7]])
+        >>> len(windows), windows[1]["tokens"].tolist()
+        (2, [6, 7, 8])
+        >>> windows.take(np.array([1, 0]))["tokens"].tolist()
+        [[6, 7, 8], [5, 6, 7]]
     """
 
     def __init__(self, tokens: np.ndarray, length: int):
@@ -40,7 +42,7 @@ class Windows:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """`{"tokens": [N - L + 1, L]}`, a view that takes no memory, here and where it is kept on a device."""
+        """`{"tokens": [N - L + 1, L]}`, a view: it takes no memory, nor does it on a device."""
         return {"tokens": np.lib.stride_tricks.sliding_window_view(self._tokens, self._length)}
 
 

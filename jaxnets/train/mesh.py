@@ -211,7 +211,9 @@ def without_overlap(x: Any) -> Any:
 
 def _rows(x: Any, index: Array) -> Array:
     if isinstance(x, Overlapping):
-        return jnp.take(x.whole, index[..., None] + jnp.expand_dims(jnp.arange(x.length), range(index.ndim)))
+        return jnp.take(
+            x.whole, index[..., None] + jnp.expand_dims(jnp.arange(x.length), range(index.ndim))
+        )
     return jnp.take(x, index, axis=0)
 
 

@@ -19,14 +19,18 @@ from jaxnets.train.mesh import Overlapping, without_overlap
 def test_every_place_begins_a_window(num_tokens, length):
     tokens = np.arange(num_tokens, dtype=np.uint16)
     if num_tokens < length:
-        with pytest.raises(errors.DataError, match=f"{num_tokens} tokens don't fill a window of {length}"):
+        with pytest.raises(
+            errors.DataError, match=f"{num_tokens} tokens don't fill a window of {length}"
+        ):
             Windows(tokens, length)
         return
     windows = Windows(tokens, length)
     expected = np.arange(len(windows))[:, None] + np.arange(length)
     assert len(windows) == num_tokens - length + 1
     np.testing.assert_array_equal(windows.arrays["tokens"], expected)
-    np.testing.assert_array_equal(np.stack([windows[i]["tokens"] for i in range(len(windows))]), expected)
+    np.testing.assert_array_equal(
+        np.stack([windows[i]["tokens"] for i in range(len(windows))]), expected
+    )
     index = np.random.default_rng(0).integers(0, len(windows), 7)
     np.testing.assert_array_equal(read_rows(windows, index)["tokens"], expected[index])
     for i in (-1, len(windows)):
