@@ -20,7 +20,7 @@ from jaxnets import agreement, defects, errors, memory, registry, resume, runner
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.commands import Command, run_command
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
-from jaxnets.evaluation import make_evaluator
+from jaxnets.evaluation import has_pictures, make_evaluator
 from jaxnets.recipe import Recipe
 from jaxnets.train import (
     checkpoint,
@@ -241,7 +241,7 @@ def _train(
     if not hosts.is_first():
         return 0
     evaluated = result["eval"]
-    pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
+    pictures = ", confusion.png, samples.png" if has_pictures(recipe) and options.pictures else ""
     waited = result.get("seconds_to_first_step")
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "

@@ -62,7 +62,7 @@ def keep_predictions(
     state: TrainState,
 ) -> None:
     """Write what a classifier of images says of the test set, and draw it."""
-    if recipe.predict_fn is None:
+    if recipe.predict_fn is None or not has_pictures(recipe):
         return
     where = dataclasses.replace(strategy, name="jit", virtual_shards=0)
     step = where.compile_eval(
@@ -79,6 +79,11 @@ def keep_predictions(
         folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
     )
     draw_predictions(folder)
+
+
+def has_pictures(recipe: Recipe) -> bool:
+    """Whether it is a classifier of images, whose predictions are kept and drawn."""
+    return recipe.predict_fn is not None and "image" in row_of(recipe.test, 0)
 
 
 def row_of(data: Any, i: int, max_unreadable: int = 0) -> Mapping[str, Any]:

@@ -41,8 +41,9 @@ class Recipe:
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
-        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]` of a classifier of images,
-            whose predictions on the test set are kept and drawn; None for others.
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]`, which `duel` times as
+            inference; what a classifier of images says of the test set is kept and drawn, too. None for
+            none.
         class_names: of a classifier, one for each class, where the data set has them.
         learning_rate: `learning_rate(step)` is the rate of a step, counted from 0, for the record; it
             does not set the optimizer's.

@@ -224,7 +224,8 @@ def _dtype(size: int) -> type[np.generic]:
 def _byte_letters() -> dict[str, int]:
     """The letters that stand for bytes in GPT-2's vocabulary (Radford et al. 2019).
 
-    So the library has it, too. Printable characters stand for themselves, the others for those from 256 on.
+    So the library has it, too. Printable characters stand for themselves, the others for those
+    from 256 on.
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
     rest = [byte for byte in range(256) if byte not in plain]

@@ -126,8 +126,8 @@ def chunked_attention(
         chunk: how many queries, at least 1.
         is_causal: as in `attention`.
         mask: as in `attention`.
-        dropout_fn: `dropout_fn(weights, i=i)` changes the weights `[B, N, chunk, S]` of the i-th chunk, in
-            training.
+        dropout_fn: `dropout_fn(weights, i=i)` changes the weights `[B, N, chunk, S]` of the i-th
+            chunk, in training.
 
     Returns:
         `[B, T, N, K]`, of value's dtype.

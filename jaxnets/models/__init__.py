@@ -8,6 +8,7 @@ from jaxnets.models.functional import functional as functional
 from jaxnets.models.generation import Sampling as Sampling
 from jaxnets.models.generation import generate as generate
 from jaxnets.models.generation import stream as stream
+from jaxnets.models.gpt import GPT as GPT
 from jaxnets.models.gpt import gpt as gpt
 from jaxnets.models.gpt import gpt2_small as gpt2_small
 from jaxnets.models.gpt import gpt_100m as gpt_100m

@@ -196,7 +196,7 @@ class Overlapping:
 
 
 def without_overlap(x: Any) -> Any:
-    """An array `[N, L]` whose rows are windows of one row in memory as `Overlapping`; any other as it is.
+    """An array `[N, L]` whose rows are windows of one row in memory as `Overlapping`; others stay.
 
     `numpy.lib.stride_tricks.sliding_window_view` makes such arrays; a device would get L copies.
     """

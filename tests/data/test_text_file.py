@@ -27,9 +27,7 @@ def test_any_file_in_the_data_folder(tmp_path, place):
 
 
 def test_a_text_that_is_not_there_names_the_places(tmp_path):
-    with pytest.raises(
-        errors.DataError, match=r"no text 'mine': .*mine nor .*mine\.txt nor .*input\.txt"
-    ):
+    with pytest.raises(errors.DataError, match=r"no text 'mine': .*mine nor .*mine\.txt nor .*put\.txt"):
         load_text("mine", data_dir=tmp_path)
 
 
