@@ -78,8 +78,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     schedule: Callable[..., Any] = train.make_schedule(
         config.schedule, config.learning_rate, num_steps, warmup=config.warmup, end=config.end
     )
+    is_constant = config.schedule == "constant" and not config.warmup
     tx = optax.adamw(
-        schedule,
+        config.learning_rate if is_constant else schedule,
         b1=0.9,
         b2=config.second_moment,
         weight_decay=config.weight_decay,
