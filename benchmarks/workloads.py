@@ -31,6 +31,11 @@ class Workload:
 
 
 _SMALL_STEPS = {"learning_rate": 0.001}
+_SHAKESPEARE = "experiments.shakespeare"
+# What PyTorch's reference has, too: no schedule and no clipping.
+_PLAIN = {"dataset": "random_text", "schedule": "constant", "warmup": 0.0, "clip_norm": None}
+_GPT = {**_PLAIN, "num_layers": 4, "num_heads": 8, "width": 256, "context": 256}
+_NANOGPT = {**_PLAIN, "num_layers": 4, "num_heads": 4, "width": 128, "context": 64}
 
 WORKLOADS = {
     workload.name: workload
@@ -39,6 +44,10 @@ WORKLOADS = {
         Workload("lenet-128", "lenet", 128, fields=_SMALL_STEPS),
         Workload("resnet18-128", "resnet18", 128, parity_steps=3, fields=_SMALL_STEPS),
         Workload("speednet-256", "speednet", 256, parity_steps=3, fields=_SMALL_STEPS),
+        Workload("gpt-16", "gpt", 16, parity_steps=3, fields=_GPT, module=_SHAKESPEARE),
+        Workload("nanogpt-12", "gpt", 12, parity_steps=3, fields=_NANOGPT, module=_SHAKESPEARE),
+        Workload("gpt-1-inference", "gpt", 1, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
+        Workload("gpt-128-inference", "gpt", 128, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),

@@ -9,6 +9,8 @@ import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
+
 from jaxnets import errors
 from jaxnets.data.datasets import check_digests, check_verify, data_folder
 from jaxnets.data.download import download
@@ -19,6 +21,8 @@ _TINY = "tinyshakespeare"
 _FILE = "input.txt"
 _URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _SIZE = 1_115_394
+_NUM_CHARACTERS = 65
+_RANDOM_SIZE = 200_000
 _SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -63,7 +67,8 @@ def load_text(
     """Load a text.
 
     Args:
-        name: "sonnets", which are part of the library; "tinyshakespeare", downloaded (1.1 MB) to
+        name: "sonnets", which are part of the library; "random_text", 200,000 characters drawn from 65,
+            for timing; "tinyshakespeare", downloaded (1.1 MB) to
             `data_dir/tinyshakespeare/input.txt` unless it is there; or a file in the data folder, as
             NAME, NAME.txt or NAME/input.txt, in UTF-8.
         data_dir: see `jaxnets.data.load`.
@@ -80,6 +85,8 @@ def load_text(
         ('From fairest cr', True)
     """
     check_verify(verify)
+    if name == "random_text":
+        return Text(name, _random_text(), "random characters, for timing")
     if name == "sonnets":
         return Text(name, SONNETS, "twelve of Shakespeare's sonnets, which come with the library")
     # The name becomes a path: one plain component, so that it can't lead out of the data folder.
@@ -118,6 +125,13 @@ def load_text(
             mend="remove it and it is downloaded again",
         )
     return Text(name, decode_text(content, str(path)), source)
+
+
+def _random_text() -> str:
+    """As many different characters as tinyshakespeare has."""
+    characters = np.array([chr(ord("0") + i) for i in range(_NUM_CHARACTERS)])
+    drawn = np.random.default_rng(0).integers(0, _NUM_CHARACTERS, _RANDOM_SIZE)
+    return "".join(characters[drawn])
 
 
 def decode_text(content: bytes, place: str) -> str:
