@@ -280,6 +280,8 @@ def test_another_text_is_not_gone_on_with(run, tmp_path, capsys):
     words = ("--dropout-rate", "0.1", "--dataset", "mine", "--data-dir", str(tmp_path))
     assert train(run, *words, "--allow-change") == 2
     assert f"trained with another {writing.VOCABULARY}" in capsys.readouterr().err
+    assert command("eval", run, *words[2:]) == 2
+    assert f"trained with another {writing.VOCABULARY}" in capsys.readouterr().err
 
 
 @pytest.mark.parity
