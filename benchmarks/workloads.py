@@ -37,6 +37,11 @@ _RATINGS = {"module": "experiments.movielens", "dataset": "generated-1m", "parit
 _PENALTY = {"schedule": "constant", "penalty": 0.05, "bias_penalty": 0.05}
 _ROWS = {"fields": {**_PENALTY, "update_rows": True, "optimizer": "lazy_adam"}, **_RATINGS}
 _TABLES = {"fields": _PENALTY, **_RATINGS}
+_SHAKESPEARE = "experiments.shakespeare"
+# What PyTorch's reference has, too: no schedule and no clipping.
+_PLAIN = {"dataset": "random_text", "schedule": "constant", "warmup": 0.0, "clip_norm": None}
+_GPT = {**_PLAIN, "num_layers": 4, "num_heads": 8, "width": 256, "context": 256}
+_NANOGPT = {**_PLAIN, "num_layers": 4, "num_heads": 4, "width": 128, "context": 64}
 
 WORKLOADS = {
     workload.name: workload
@@ -52,6 +57,10 @@ WORKLOADS = {
         Workload("factorization-dense-16384", "matrix_factorization", 16384, **_TABLES),
         Workload("factorization-1-inference", "matrix_factorization", 1, "inference", **_TABLES),
         Workload("factorization-128-inference", "matrix_factorization", 128, "inference", **_TABLES),
+        Workload("gpt-16", "gpt", 16, parity_steps=3, fields=_GPT, module=_SHAKESPEARE),
+        Workload("nanogpt-12", "gpt", 12, parity_steps=3, fields=_NANOGPT, module=_SHAKESPEARE),
+        Workload("gpt-1-inference", "gpt", 1, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
+        Workload("gpt-128-inference", "gpt", 128, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),

@@ -279,6 +279,8 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     recipe, strategy, _ = _prepared(experiment, config, options)
     agreement.check_data(recipe)
+    # Tokens of another vocabulary would give a loss that means nothing.
+    by_first("run folder/assets", lambda: run_folder.check_assets(folder, recipe.assets))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
     abstract = strategy.abstract(runner.make_state(recipe))
     with (

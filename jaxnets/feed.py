@@ -12,6 +12,7 @@ from jaxnets.data import Arrays, Batches, ByLength, Part, Stream
 from jaxnets.recipe import Recipe, count_examples
 from jaxnets.train import hosts
 from jaxnets.train.loop import Clock
+from jaxnets.train.mesh import Overlapping, without_overlap
 from jaxnets.train.prefetch import Prefetch
 from jaxnets.train.sharding import Strategy
 from jaxnets.typing import Indexed
@@ -62,12 +63,18 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
     if recipe.partners and resident(recipe.train, options) is None:
         raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
     parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]
-    size = sum(array.nbytes for part in parts for array in part.values()) / 1e9
+    size = sum(_num_bytes(array) for part in parts for array in part.values()) / 1e9
     if size > options.max_resident_gb:
         raise errors.ConfigError(
             f"the data takes {size:.3g} GB of each device, more than the {options.max_resident_gb:g} GB "
             "that may be kept there: use --stream, or a higher --max-resident-gb"
         )
+
+
+def _num_bytes(array: "np.ndarray") -> int:
+    """What an array takes on a device."""
+    kept = without_overlap(array)
+    return (kept.whole if isinstance(kept, Overlapping) else kept).nbytes
 
 
 def train_draws(recipe: Recipe) -> Batches | ByLength:

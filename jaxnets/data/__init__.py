@@ -21,3 +21,12 @@ from jaxnets.data.sources import Arrays as Arrays
 from jaxnets.data.sources import Source as Source
 from jaxnets.data.sources import write_array_records as write_array_records
 from jaxnets.data.stream import Stream as Stream
+from jaxnets.data.text_file import Text as Text
+from jaxnets.data.text_file import load_text as load_text
+from jaxnets.data.text_tokens import Tokenizer as Tokenizer
+from jaxnets.data.text_tokens import decode as decode
+from jaxnets.data.text_tokens import decode_stream as decode_stream
+from jaxnets.data.text_tokens import make_tokenizer as make_tokenizer
+from jaxnets.data.text_tokens import read_tokenizer as read_tokenizer
+from jaxnets.data.windows import Windows as Windows
+from jaxnets.data.windows import cut_into_windows as cut_into_windows

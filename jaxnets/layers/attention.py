@@ -1,6 +1,8 @@
 """Attention by scaled products (Vaswani et al. 2017, arXiv 1706.03762)."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -10,6 +12,8 @@ from jax.typing import DTypeLike
 
 from jaxnets.layers.dropout import Dropout
 from jaxnets.layers.einsum import Einsum
+from jaxnets.layers.key_values import KeyValues
+from jaxnets.layers.rotary import rotate
 from jaxnets.ops.partition import constrain
 from jaxnets.typing import Array
 
@@ -34,7 +38,8 @@ def attention(
         key: `[B, S, N, K]`.
         value: `[B, S, N, K]`.
         is_causal: whether query t sees the keys up to t alone, which takes S = T.
-        mask: boolean `[B, S]`, false for keys that no query sees.
+        mask: boolean `[B, S]`, false for keys that no query sees, or `[B, T, S]`, for those that
+            this query doesn't see.
         dropout_fn: changes the weights `[B, N, T, S]`, in training.
 
     Returns:
@@ -49,21 +54,44 @@ def attention(
         >>> attention(q, k, v).ravel().tolist(), attention(q, k, v, is_causal=True).ravel().tolist()
         ([2.0, 2.0], [1.0, 2.0])
     """
+    check_shapes(query, key, value, is_causal=is_causal, mask=mask)
+    is_seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None] if is_causal else None
+    if mask is not None:
+        is_unmasked = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
+    return attend(query, key, value, is_seen, dropout_fn)
+
+
+def check_shapes(query: Array, key: Array, value: Array, *, is_causal: bool, mask: Array | None) -> None:
+    """Refuse what doesn't fit together.
+
+    Raises:
+        ValueError: if is_causal and there are other numbers of keys and queries.
+        AssertionError: if other shapes don't fit.
+    """
     batch, num_queries, num_heads, head_width = query.shape
     num_keys = key.shape[1]
     chex.assert_shape([key, value], (batch, num_keys, num_heads, head_width))
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=dtype)
-    scores_BNTS = scores_BNTS * jnp.asarray(head_width**-0.5, dtype)
     if is_causal and num_queries != num_keys:
         raise ValueError(
             f"causal attention has as many keys as queries, not {num_keys} and {num_queries}"
         )
-    is_seen = jnp.tri(num_queries, num_keys, dtype=bool)[None, None] if is_causal else None
     if mask is not None:
-        chex.assert_shape(mask, (batch, num_keys))
-        is_unmasked = mask[:, None, None, :]
-        is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
+        of_keys, of_pairs = (batch, num_keys), (batch, num_queries, num_keys)
+        chex.assert_shape(mask, of_keys if mask.ndim == 2 else of_pairs)
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    is_seen: Array | None,
+    dropout_fn: Callable[[Array], Array] | None = None,
+) -> Array:
+    """`attention` with a mask that broadcasts to `[B, N, T, S]`."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores_BNTS = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=dtype)
+    scores_BNTS = scores_BNTS * jnp.asarray(query.shape[-1] ** -0.5, dtype)
     if is_seen is not None:
         # The least number and not -inf: of a query that sees nothing, that would make NaN.
         scores_BNTS = jnp.where(is_seen, scores_BNTS, jnp.finfo(dtype).min)
@@ -75,12 +103,83 @@ def attention(
     return jnp.einsum("BNTS,BSNK->BTNK", weights_BNTS.astype(value.dtype), value)
 
 
+def chunked_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    chunk: int,
+    is_causal: bool = False,
+    mask: Array | None = None,
+    dropout_fn: Callable[..., Array] | None = None,
+) -> Array:
+    """`attention` in memory that grows with the length and not with its square.
+
+    The weights of `chunk` queries at a time are computed, and again for the gradient; what is kept is
+    queries, keys and values (after Rabe & Staats 2021, arXiv 2112.05682). Beside the order of sums it is
+    the same computation.
+
+    Args:
+        query: `[B, T, N, K]`.
+        key: `[B, S, N, K]`.
+        value: `[B, S, N, K]`.
+        chunk: how many queries, at least 1.
+        is_causal: as in `attention`.
+        mask: as in `attention`.
+        dropout_fn: `dropout_fn(weights, i=i)` changes the weights `[B, N, chunk, S]` of the i-th
+            chunk, in training.
+
+    Returns:
+        `[B, T, N, K]`, of value's dtype.
+
+    Raises:
+        ValueError: if chunk is below 1, or is_causal and S isn't T.
+    """
+    check_shapes(query, key, value, is_causal=is_causal, mask=mask)
+    if chunk < 1:
+        raise ValueError(f"a chunk has at least 1 query, not {chunk}")
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    chunk = min(chunk, max(1, num_queries))
+    num_chunks = -(-num_queries // chunk)
+
+    def cut(x: Array) -> Array:
+        """`[B, T, ...]` to `[num_chunks, B, chunk, ...]`, filled up."""
+        missing = num_chunks * chunk - num_queries
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    # Unrolled, XLA would compute all chunks before it needs the first.
+    @jax.checkpoint
+    def part(i: Array, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+        is_seen = None
+        if is_causal:
+            places = i * chunk + jnp.arange(chunk)
+            is_seen = (places[:, None] >= jnp.arange(num_keys)[None])[None, None]
+        if mask is not None:
+            is_unmasked = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+            is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
+        drop = None if dropout_fn is None else partial(dropout_fn, i=i)
+        return attend(query, key, value, is_seen, drop)
+
+    pairs = cut(mask) if mask is not None and mask.ndim == 3 else None
+    parts = jax.lax.map(
+        lambda x: part(x[0], x[1], key, value, mask if pairs is None else x[2]),
+        (jnp.arange(num_chunks), cut(query), pairs),
+    )
+    out_BTNK = jnp.moveaxis(parts, 0, 1).reshape(query.shape[0], num_chunks * chunk, *query.shape[2:])
+    return out_BTNK[:, :num_queries]
+
+
 class SelfAttention(nn.Module):
     """Attention of a sequence to itself, with several heads.
 
     Attributes:
         num_heads: N; the width is a multiple of it.
         is_causal: whether a place sees itself and those before it alone.
+        is_rotary: whether queries and keys are turned by their places (`layers.rotate`).
+        use_bias: whether biases are learnt.
+        chunk: of how many queries at a time the weights are computed, and again for the gradient, so
+            that memory grows with the length and not its square; None for all at once.
         dropout_rate: probability of dropping a weight.
         dtype: of the computation; that of input and parameters by default.
         kernel_init: of the kernels of queries, keys and values, `[D, N, K]`.
@@ -89,6 +188,9 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     is_causal: bool = False
+    is_rotary: bool = False
+    use_bias: bool = True
+    chunk: int | None = None
     dropout_rate: float = 0.0
     dtype: DTypeLike | None = None
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
@@ -96,8 +198,15 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, *, train: bool, rows: Array | None = None, mask: Array | None = None
-    ) -> Array:
+        self,
+        x_BTD: Array,
+        *,
+        train: bool,
+        rows: Array | None = None,
+        mask: Array | None = None,
+        places: Array | None = None,
+        cache: KeyValues | None = None,
+    ) -> Any:
         """Attend.
 
         Args:
@@ -105,43 +214,68 @@ class SelfAttention(nn.Module):
             train: whether dropout is on.
             rows: `[B]`, the id of each row, to which its dropout mask belongs.
             mask: boolean `[B, T]`, false for places that nobody sees.
+            places: integers `[B, T]`, where in its row each one stands; 0, 1, ... by default.
+            cache: keys and values of the places before, which these are added to at their own places. A
+                place then sees what is in the cache up to itself.
 
         Returns:
-            `[B, T, D]`.
+            `[B, T, D]`; with a cache also the new one.
 
         Raises:
-            ValueError: if the width doesn't split into so many heads.
+            ValueError: if the width doesn't split into so many heads, or there is a cache without places
+                or beside a mask.
         """
         width = x_BTD.shape[2]
         if width % self.num_heads:
             raise ValueError(f"a width of {width} doesn't split into {self.num_heads} heads")
+        if cache is not None and (places is None or mask is not None or not self.is_causal):
+            raise ValueError("a cache is for causal attention, needs places and takes no mask")
         heads = (self.num_heads, width // self.num_heads)
 
         def project(name: str) -> Array:
             x_BTNK = Einsum(
                 "BTD,DNK->BTNK",
                 (width, *heads),
-                bias_shape=heads,
+                bias_shape=heads if self.use_bias else (),
                 dtype=self.dtype,
                 kernel_init=self.kernel_init,
                 name=name,
             )(x_BTD)
             return constrain(x_BTNK, "batch", None, "heads", None)
 
+        query, key, value = (project(name) for name in ("query", "key", "value"))
+        if self.is_rotary:
+            query, key = (rotate(x_BTNK, places) for x_BTNK in (query, key))
         dropout = Dropout(self.dropout_rate, name="dropout")
-        y_BTNK = attention(
-            project("query"),
-            project("key"),
-            project("value"),
-            is_causal=self.is_causal,
-            mask=mask,
-            dropout_fn=lambda weights_BNTS: dropout(weights_BNTS, train=train, rows=rows),
-        )
-        return Einsum(
+        if cache is not None:
+            assert places is not None
+            cache = cache.add(key, value, places)
+            y_BTNK = attention(query, cache.key, cache.value, mask=cache.seen_from(places))
+        elif self.chunk is None:
+            y_BTNK = attention(
+                query,
+                key,
+                value,
+                is_causal=self.is_causal,
+                mask=mask,
+                dropout_fn=lambda weights_BNTS: dropout(weights_BNTS, train=train, rows=rows),
+            )
+        else:
+            y_BTNK = chunked_attention(
+                query,
+                key,
+                value,
+                chunk=self.chunk,
+                is_causal=self.is_causal,
+                mask=mask,
+                dropout_fn=dropout.of_parts(train=train, rows=rows),
+            )
+        y_BTD = Einsum(
             "BTNK,NKD->BTD",
             (*heads, width),
-            bias_shape=(width,),
+            bias_shape=(width,) if self.use_bias else (),
             dtype=self.dtype,
             kernel_init=self.out_init,
             name="out",
         )(constrain(y_BTNK, "batch", None, "heads", None))
+        return y_BTD if cache is None else (y_BTD, cache)

@@ -5,10 +5,11 @@ in the batch, with the sharding and with gradient accumulation. Here the mask is
 layer's key (which holds the step), the row's id and the place in the row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -89,3 +90,26 @@ class Dropout(nn.Module):
         if rows is None:
             rows = partition.default_rows(x.shape[0])
         return dropout(x, self.rate, key=self.make_rng("dropout"), rows=rows)
+
+    def of_parts(self, *, train: bool, rows: Array | None = None) -> Callable[..., Array] | None:
+        """Dropout of an array that comes in parts, for functions that JAX transforms, as for remat.
+
+        Modules can't be called there.
+
+        Args:
+            train: whether this is training.
+            rows: `[B]`, as above.
+
+        Returns:
+            `drop(x, i=i)` for part i, `[B, ...]`, with masks that differ between parts; None if there is
+            nothing to drop.
+        """
+        if not train or self.rate == 0 or _is_off.get():
+            return None
+        key = self.make_rng("dropout")
+
+        def drop(x: Array, i: Array) -> Array:
+            of = partition.default_rows(x.shape[0]) if rows is None else rows
+            return dropout(x, self.rate, key=jax.random.fold_in(key, i), rows=of)
+
+        return drop

@@ -48,6 +48,50 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
     return jnp.where(jnp.any(is_label, axis=-1), loss, jnp.nan)
 
 
+def chunked_cross_entropy(
+    hidden: Array, table: Array, labels: Array, *, chunk: int, label_smoothing: float = 0.0
+) -> Array:
+    """`softmax_cross_entropy` of logits `hidden table^T` that are never there as a whole.
+
+    The logits of `chunk` places at a time are computed, and again for the gradient, so that memory grows
+    with the length by `hidden` alone: of a large vocabulary the logits are most of what a language model
+    needs.
+
+    Args:
+        hidden: `[B, T, D]`, what a model has in place of logits.
+        table: `[V, D]`, such as the token embeddings.
+        labels: integers `[B, T]` in [0, V); another gives NaN.
+        chunk: how many of the T places, at least 1.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        `[B, T]`, in at least float32.
+
+    Raises:
+        ValueError: if chunk is below 1, or label_smoothing outside of [0, 1].
+    """
+    chex.assert_rank([hidden, table, labels], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, labels], 2)
+    if chunk < 1:
+        raise ValueError(f"a chunk has at least 1 place, not {chunk}")
+    batch, length, _ = hidden.shape
+    chunk = min(chunk, max(1, length))
+    num_chunks = -(-length // chunk)
+
+    def cut(x: Array) -> Array:
+        """`[B, T, ...]` to `[num_chunks, B, chunk, ...]`, filled up."""
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def part(hidden: Array, table: Array, labels: Array) -> Array:
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table.astype(hidden.dtype))
+        return softmax_cross_entropy(logits_BTV, labels, label_smoothing=label_smoothing)
+
+    losses = jax.lax.map(lambda x: part(x[0], table, x[1]), (cut(hidden), cut(labels)))
+    return jnp.moveaxis(losses, 0, 1).reshape(batch, num_chunks * chunk)[:, :length]
+
+
 def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
     """Negative log-likelihood of independent yes-or-no labels under a sigmoid.
 

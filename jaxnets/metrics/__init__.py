@@ -4,6 +4,7 @@ from jaxnets.metrics.auc import AUC as AUC
 from jaxnets.metrics.classification import is_correct as is_correct
 from jaxnets.metrics.counts import ClassCounts as ClassCounts
 from jaxnets.metrics.mean import Mean as Mean
+from jaxnets.metrics.perplexity import Perplexity as Perplexity
 from jaxnets.metrics.ranking import gain_at as gain_at
 from jaxnets.metrics.ranking import is_hit as is_hit
 from jaxnets.metrics.ranking import ndcg as ndcg

@@ -5,6 +5,11 @@ x are images, tokens for language models, or pairs of user and item for recommen
 
 from jaxnets.models.convnet import convnet as convnet
 from jaxnets.models.functional import functional as functional
+from jaxnets.models.generation import Sampling as Sampling
+from jaxnets.models.generation import generate as generate
+from jaxnets.models.generation import stream as stream
+from jaxnets.models.gpt import GPT as GPT
+from jaxnets.models.gpt import gpt as gpt
 from jaxnets.models.gpt import gpt2_small as gpt2_small
 from jaxnets.models.gpt import gpt_100m as gpt_100m
 from jaxnets.models.lenet import lenet as lenet

@@ -66,6 +66,7 @@ entries: dict[str, dict[str, Entry]] = {
         speednet="models.speednet:speednet",
     ),
     "language_model": _built_in(
+        gpt="models.gpt:gpt",
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
     ),
