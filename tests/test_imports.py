@@ -44,6 +44,7 @@ ROWS = {
     "jaxnets.memory": 5.5,
     "jaxnets.launch": 5,
     "jaxnets.commands": 5.5,
+    "jaxnets.translation": 5.7,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,
     "benchmarks": 6,

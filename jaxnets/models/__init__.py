@@ -11,3 +11,4 @@ from jaxnets.models.lenet import lenet as lenet
 from jaxnets.models.mlp import mlp as mlp
 from jaxnets.models.speednet import whiten_params as whiten_params
 from jaxnets.models.speednet import whitened as whitened
+from jaxnets.models.transformer import Transformer as Transformer

@@ -69,6 +69,10 @@ entries: dict[str, dict[str, Entry]] = {
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
     ),
+    "translation_model": _built_in(
+        transformer="models.transformer:Transformer",
+        attention_rnn="models.attention_rnn:AttentionRNN",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
