@@ -99,7 +99,7 @@ class Translator:
         weights = [
             np.asarray(x[0].mean(axis=0))
             for path, x in jax.tree_util.tree_leaves_with_path(noted)
-            if any(getattr(part, "key", None) == "cross_attention" for part in path)
+            if any("cross_attention" in str(part) for part in path)
         ]
         return np.mean(weights, axis=0), self.subwords.pieces(source), self.subwords.pieces(said)
 

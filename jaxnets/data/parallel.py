@@ -1,4 +1,4 @@
-"""Sentences in two languages: two text files of which line i of one is line i of the other's translation.
+"""Sentences in two languages: two text files, of which line i of one translates line i of the other.
 
 A corpus is a folder with `train`, `val` and `test` of each language, such as `train.de` and `train.en`,
 plain or as `.gz`, in UTF-8.
@@ -95,7 +95,9 @@ def load_parallel(
     folder = root / name
     if not folder.is_dir():
         raise errors.unknown("corpus", name, ("phrases", "multi30k"), advice=f"{folder} is no folder")
-    parts = {part: read_pairs(*(find(folder, f"{part}.{x}") for x in (source, target))) for part in PARTS}
+    parts = {
+        part: read_pairs(*(find(folder, f"{part}.{x}") for x in (source, target))) for part in PARTS
+    }
     return ParallelCorpus(name, parts, f"{folder} (not an official set)")
 
 

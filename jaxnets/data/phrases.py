@@ -75,7 +75,8 @@ def load_phrases(*, source: str = "de", target: str = "en") -> ParallelCorpus:
     parts, begin = {}, 0
     for part, size in _SIZES.items():
         rows = [pairs[i] for i in drawn[begin : begin + size]]
-        parts[part] = Pairs(*([row[side] for row in rows] for side in sides))
+        source_side, target_side = ([row[side] for row in rows] for side in sides)
+        parts[part] = Pairs(source_side, target_side)
         begin += size
     return ParallelCorpus("phrases", parts, "made here")
 
@@ -94,7 +95,10 @@ def _all_pairs() -> list[tuple[str, str]]:
             german = f"{subject} kann {thing} {where[0]} {does[1]}"
             english = f"{actor} can {does[3]} {object_} {where[1]}"
         elif form == "now":
-            german, english = f"{subject} {does[0]} {thing} {where[0]}", f"{actor} {does[2]} {object_} {where[1]}"
+            german, english = (
+                f"{subject} {does[0]} {thing} {where[0]}",
+                f"{actor} {does[2]} {object_} {where[1]}",
+            )
         else:
             german = f"{where[0]} {does[0]} {subject} {thing}"
             english = f"{where[1]} {actor} {does[2]} {object_}"

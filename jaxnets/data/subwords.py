@@ -63,10 +63,8 @@ class Subwords:
         tokenizers = _library()
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        forms = [tokenizers.normalizers.NFC()]
-        if lowercase:
-            forms.append(tokenizers.normalizers.Lowercase())
-        tokenizer.normalizer = tokenizers.normalizers.Sequence(forms)
+        nfc, small = tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()
+        tokenizer.normalizer = tokenizers.normalizers.Sequence([nfc, small] if lowercase else [nfc])
         tokenizer.pre_tokenizer = byte_level
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
@@ -108,7 +106,9 @@ class Subwords:
     def pieces(self, tokens: Iterable[int]) -> list[str]:
         """The text of each token, for pictures."""
         names = {PAD: "", BEGIN: "<s>", END: "</s>"}
-        each = (self._tokenizer.decode([int(t) - _NUM_SPECIAL]) if t >= 3 else names[int(t)] for t in tokens)
+        each = (
+            self._tokenizer.decode([int(t) - _NUM_SPECIAL]) if t >= 3 else names[int(t)] for t in tokens
+        )
         # A part of a letter is no text.
         return ["".join(c if unicodedata.category(c)[0] != "C" else "?" for c in text) for text in each]
 

@@ -221,9 +221,7 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: if the width doesn't split into so many heads.
         """
-        return self.attend(
-            x_BTD, *self.keys_and_values(memory_BSD), train=train, rows=rows, mask=mask
-        )
+        return self.attend(x_BTD, *self.keys_and_values(memory_BSD), train=train, rows=rows, mask=mask)
 
     def keys_and_values(self, memory_BSD: Array) -> tuple[Array, Array]:
         """Keys and values `[B, S, N, K]` of a sequence `[B, S, D]`."""

@@ -3,6 +3,7 @@
 x are images, or tokens for language models.
 """
 
+from jaxnets.models.attention_rnn import AttentionRNN as AttentionRNN
 from jaxnets.models.convnet import convnet as convnet
 from jaxnets.models.functional import functional as functional
 from jaxnets.models.gpt import gpt2_small as gpt2_small

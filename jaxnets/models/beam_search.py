@@ -1,13 +1,14 @@
-"""Beam search: the likeliest sequences that a model of the next token can say, as far as W at a time see.
+"""Beam search: the likeliest sequences that a model of the next token can say, W at a time.
 
-Each row keeps its W best hypotheses. One that has ended stays as it is; the others are continued by every
-token, and the W best of all are kept, by the sum of their log-probabilities over a penalty that grows with
-their length (Wu et al. 2016, arXiv 1609.08144, section 7):
+Each row keeps its W best hypotheses. One that has ended stays as it is; the others are continued by
+every token, and the W best of all are kept, by the sum of their log-probabilities over a penalty that
+grows with their length (Wu et al. 2016, arXiv 1609.08144, section 7):
 
     score = log p / ((5 + length) / 6) ** alpha
 
-With one beam that is greedy search. A row whose hypotheses have all ended changes no more, and the search
-ends when all rows have, or at the greatest length. It is one `lax.while_loop`, for use inside `jit`.
+With one beam that is greedy search. A row whose hypotheses have all ended changes no more, and the
+search ends when all rows have, or at the greatest length. It is one `lax.while_loop`, for use inside
+`jit`.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from jax import lax
 from jaxnets.typing import Array, PyTree
 
 StepFn = Callable[[Array, Array, PyTree], tuple[Array, PyTree]]
-"""`step_fn(tokens [B, W], position, cache) -> (logits [B, W, V], cache)`, whose leaves are `[B, W, ...]`"""
+"""`step_fn(tokens [B, W], position, cache) -> (logits [B, W, V], cache)`, leaves `[B, W, ...]`"""
 
 
 def beam_search(
@@ -59,8 +60,8 @@ def beam_search(
     """
     if num_beams < 1 or max_length < 1 or batch_size < 1 or length_penalty < 0:
         raise ValueError(
-            f"a search of {batch_size} rows with {num_beams} beams of at most {max_length} tokens and the "
-            f"length penalty {length_penalty} can't be"
+            f"a search of {batch_size} rows with {num_beams} beams of at most {max_length} tokens and "
+            f"the length penalty {length_penalty} can't be"
         )
     limit_B = jnp.full((batch_size,), max_length) if limits is None else jnp.minimum(limits, max_length)
 
