@@ -1,9 +1,9 @@
 """Weights of layers and models in and out of PyTorch's `state_dict` and of safetensors files.
 
 The tables name PyTorch's own modules: `torch.nn.MultiheadAttention`, `TransformerEncoder`,
-`TransformerDecoder`, `LSTM`, `GRU`. PyTorch's recurrent layers add two biases in each gate; here there
-is one, their sum, but for the GRU's new gate, of which the second bias stands behind the reset gate. On
-the way out the second bias is 0 where there is none.
+`TransformerDecoder`, `LSTM`, `GRU`, and BERT of the library transformers. PyTorch's recurrent layers add
+two biases in each gate; here there is one, their sum, but for the GRU's new gate, of which the second bias
+stands behind the reset gate. On the way out the second bias is 0 where there is none.
 """
 
 import re
@@ -89,6 +89,28 @@ def decoder(
 def _mlp(linen: str, torch: str) -> Table:
     up = dense(f"{linen}/mlp/up", f"{torch}.linear1")
     return (*up, *dense(f"{linen}/mlp/down", f"{torch}.linear2"))
+
+
+def bert(*, num_layers: int, width: int, num_heads: int) -> Table:
+    """The rows of `models.BERT` and `BertModel` of transformers, made with `add_pooling_layer=False`."""
+    heads, rows = (num_heads, width // num_heads), []
+    for ours, theirs in (("token", "word"), ("position", "position"), ("type", "token_type")):
+        rows += embedding(f"{ours}_embedding", f"embeddings.{theirs}_embeddings")
+    rows += layer_norm("norm", "embeddings.LayerNorm")
+    for i in range(num_layers):
+        ours, theirs = f"encoder/layer{i + 1}", f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            path, module = f"params/{ours}/attention/{name}", f"{theirs}.attention.self.{name}"
+            rows.append(Row(f"{path}/kernel", f"{module}.weight", "dense", shape=(width, *heads)))
+            rows.append(Row(f"{path}/bias", f"{module}.bias"))
+        path, module = f"params/{ours}/attention/out", f"{theirs}.attention.output.dense"
+        rows.append(Row(f"{path}/kernel", f"{module}.weight", "dense", shape=(*heads, width), inputs=2))
+        rows.append(Row(f"{path}/bias", f"{module}.bias"))
+        rows += layer_norm(f"{ours}/part1/norm", f"{theirs}.attention.output.LayerNorm")
+        rows += dense(f"{ours}/mlp/up", f"{theirs}.intermediate.dense")
+        rows += dense(f"{ours}/mlp/down", f"{theirs}.output.dense")
+        rows += layer_norm(f"{ours}/part2/norm", f"{theirs}.output.LayerNorm")
+    return tuple(rows)
 
 
 def recurrent(

@@ -11,8 +11,8 @@ class BLEU:
     """The counts that corpus BLEU follows from; adding two of them merges them exactly.
 
     Tokens are those of mteval-v13a, precisions of 0 are smoothed as there ("exp"), there is one
-    reference for each sentence, and nothing else is to be tokenised before: hypotheses and references are
-    plain text. Other settings give other numbers, so `signature` belongs beside each.
+    reference for each sentence, and nothing else is to be tokenised before: hypotheses and references
+    are plain text. Other settings give other numbers, so `signature` belongs beside each.
 
     Attributes:
         matches: n-grams that are in the reference, for n from 1 to 4.

@@ -1,9 +1,10 @@
 """Models, one file for each family, all called with `x, train=..., rows=..., mask=...`.
 
-x are images, or tokens for language models.
+x are images, tokens for language models and text encoders, or both sides of a translation.
 """
 
 from jaxnets.models.attention_rnn import AttentionRNN as AttentionRNN
+from jaxnets.models.bert import BERT as BERT
 from jaxnets.models.convnet import convnet as convnet
 from jaxnets.models.functional import functional as functional
 from jaxnets.models.gpt import gpt2_small as gpt2_small

@@ -5,8 +5,9 @@ Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align a
 
 A GRU of both directions reads the source; a second GRU writes the target, and looks before each token at
 the mean of the first one's outputs, weighted by `softmax(v^T tanh(W s + U h))`. What differs from
-the paper: both sides share one table of embeddings, which also gives the logits, the reset gate stands
-behind the product, as PyTorch has it, and logits come from a linear layer with tanh in place of a maxout.
+the paper: both sides share one table of embeddings, which also gives the logits, the reset gate
+stands behind the product, as PyTorch has it, and logits come from a linear layer with tanh in place of a
+maxout.
 """
 
 from collections.abc import Mapping

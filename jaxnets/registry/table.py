@@ -69,6 +69,9 @@ entries: dict[str, dict[str, Entry]] = {
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
     ),
+    "text_encoder": _built_in(
+        bert_base="models.bert:bert_base",
+    ),
     "translation_model": _built_in(
         transformer="models.transformer:Transformer",
         attention_rnn="models.attention_rnn:AttentionRNN",
