@@ -16,6 +16,11 @@ from jaxnets.train import optim
 
 _BUCKETS = (12, 16, 20, 26)  # lengths of batches, up to the longest
 
+_RULES = {
+    "transformer": models.transformer.sharding_rules(),
+    "attention_rnn": models.attention_rnn.sharding_rules(),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -137,6 +142,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         learning_rate=schedule,
         monitor="loss",
         maximize=False,
+        rules=_RULES.get(config.model),
         lengths=data.Lengths(train_lengths, test_lengths, buckets),
         assets={translation.SUBWORDS: subwords.to_bytes()},
     )

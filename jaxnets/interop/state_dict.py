@@ -2,7 +2,7 @@
 
 The tables name PyTorch's own modules: `torch.nn.MultiheadAttention`, `TransformerEncoder`,
 `TransformerDecoder`, `LSTM`, `GRU`, and BERT of the library transformers. PyTorch's recurrent layers add
-two biases in each gate; here there is one, their sum, but for the GRU's new gate, of which the second bias
+two biases in each gate; here there is one, their sum, but for the GRU's new gate, of which the second
 stands behind the reset gate. On the way out the second bias is 0 where there is none.
 """
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import ops
@@ -224,3 +225,21 @@ class AttentionRNN(nn.Module):
         # Of one axis of places: with two XLA's product on a CPU takes twice as long.
         logits_PV = self.embedding.attend(y_BTD.reshape(-1, self.width))
         return logits_PV.reshape(*y_BTD.shape[:2], -1)
+
+
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+    """Where the leaves of a training state lie, on a mesh with the axes "fsdp" and "tensor".
+
+    Outputs of kernels and the vocabulary are cut over "tensor" and their inputs over "fsdp"; each has to
+    divide evenly.
+
+    Returns:
+        ordered (pattern, spec) for the paths of `AttentionRNN`.
+    """
+    return (
+        (r"(^|/)embedding/embedding$", P("tensor", "fsdp")),
+        (r"(^|/)cross_attention/score/kernel$", P("tensor")),
+        (r"(^|/)(\w+_)?kernel$", P("fsdp", "tensor")),
+        (r"(^|/)(\w+_)?bias$", P("tensor")),
+        (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P()),
+    )

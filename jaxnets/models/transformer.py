@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import errors, ops
@@ -520,3 +521,30 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     angle = np.arange(length)[:, None] / 10000.0 ** (np.arange(0, width, 2)[None] / width)
     table = np.stack([np.sin(angle), np.cos(angle)], axis=2).reshape(length, -1)
     return table[:, :width]
+
+
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+    """Where the leaves of a training state lie, on a mesh with the axes "fsdp" and "tensor".
+
+    Heads, hidden units and vocabulary are cut over "tensor" and the width over "fsdp", as in
+    `models.gpt.sharding_rules`; each has to divide evenly.
+
+    Returns:
+        ordered (pattern, spec) for the paths of `Transformer`, `Encoder`, `Decoder` and `BERT`.
+    """
+    attention = r"layer\d+/(cross_)?attention"
+    parameters = {
+        r"(embedding|source_embedding|token_embedding)/embedding": P("tensor", "fsdp"),
+        r"(\w+_positions|position_embedding|type_embedding)/embedding": P(None, ("fsdp", "tensor")),
+        rf"{attention}/(query|key|value)/kernel": P("fsdp", "tensor"),
+        rf"{attention}/(query|key|value)/bias": P("tensor"),
+        rf"{attention}/out/kernel": P("tensor", None, "fsdp"),
+        r"layer\d+/mlp/up/kernel": P("fsdp", "tensor"),
+        r"layer\d+/mlp/up/bias": P("tensor"),
+        r"layer\d+/mlp/down/kernel": P("tensor", "fsdp"),
+        rf"({attention}/out|layer\d+/mlp/down)/bias": P("fsdp"),
+        r"norm/(scale|bias)": P("fsdp"),
+        "head/kernel": P("fsdp", "tensor"),
+    }
+    counters = (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P())
+    return (*((f"(^|/){path}$", spec) for path, spec in parameters.items()), counters)

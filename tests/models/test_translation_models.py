@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxnets import losses
+from jaxnets import losses, models
+from jaxnets.train.mesh import shard_by_rules
 from tests.models.tiny_translation import (
     KEY,
     NAMES,
@@ -132,6 +133,17 @@ def test_one_device_and_eight_agree(name, x64):
         jax.device_put(params, everywhere), jax.device_put(batch, rows)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), one, eight)
+
+
+@every_model
+def test_the_sharding_rules_cut_every_parameter(name):
+    rules = getattr(models, name).sharding_rules()
+    shapes = jax.eval_shape(functions(name, width=16, hidden=16)[0], KEY)[0]
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shardings = shard_by_rules({"params": shapes, "step": jnp.int32(0)}, rules, mesh)
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings["params"]):
+        assert not sharding.is_fully_replicated, path
+    assert shardings["step"].is_fully_replicated
 
 
 @every_model
