@@ -11,14 +11,15 @@ from jaxnets import cli, data, errors, losses, metrics, models, registry, train,
 from jaxnets.config import RunOptions
 from jaxnets.data.parallel import load_parallel
 from jaxnets.data.subwords import BEGIN, Subwords, encode_all, padded
+from jaxnets.models import attention_rnn, transformer
 from jaxnets.recipe import Recipe, count_positions
 from jaxnets.train import optim
 
 _BUCKETS = (12, 16, 20, 26)  # lengths of batches, up to the longest
 
 _RULES = {
-    "transformer": models.transformer.sharding_rules(),
-    "attention_rnn": models.attention_rnn.sharding_rules(),
+    "transformer": transformer.sharding_rules(),
+    "attention_rnn": attention_rnn.sharding_rules(),
 }
 
 
