@@ -1,4 +1,13 @@
-"""Translation from German to English on Multi30k, or any parallel corpus of two text files."""
+"""Translation from German to English on Multi30k, or any parallel corpus of two text files.
+
+    python -m experiments.multi30k train                        # phrases made here, without a download
+    python -m experiments.multi30k train --preset transformer   # Multi30k, 1.3 MB to download
+    python -m experiments.multi30k score --preset transformer   # BLEU on test 2016, by sacrebleu
+    python -m experiments.multi30k translate --preset transformer "Ein Hund läuft am Strand."
+
+The presets are made for two cores of a CPU and for BLEU 36 (lower-cased) by the transformer and 28.3 by the
+attention RNN; neither has been measured yet. docs/translation.md says more.
+"""
 
 import dataclasses
 import sys
