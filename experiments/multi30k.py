@@ -5,8 +5,8 @@
     python -m experiments.multi30k score --preset transformer   # BLEU on test 2016, by sacrebleu
     python -m experiments.multi30k translate --preset transformer "Ein Hund läuft am Strand."
 
-The presets are made for two cores of a CPU and for BLEU 36 (lower-cased) by the transformer and 28.3 by the
-attention RNN; neither has been measured yet. docs/translation.md says more.
+The presets are made for two cores of a CPU and for BLEU 36 (lower-cased) by the transformer and 28.3 by
+the attention RNN; neither has been measured yet. docs/translation.md says more.
 """
 
 import dataclasses
