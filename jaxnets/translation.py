@@ -83,7 +83,8 @@ class Translator:
             rows = by_length[begin : begin + _ROWS]
             best = self._search([tokens[i] for i in rows], fill=len(texts) > _ROWS)
             for i, row in zip(rows, best, strict=True):
-                found[i] = self.subwords.decode(row)
+                # One line: an untrained model may say any byte, the end of a line too.
+                found[i] = " ".join(self.subwords.decode(row).split())
         return found
 
     def alignment(self, text: str, hypothesis: str) -> tuple[np.ndarray, list[str], list[str]]:
