@@ -45,6 +45,7 @@ ROWS = {
     "jaxnets.launch": 5,
     "jaxnets.commands": 5.5,
     "jaxnets.writing": 5.7,
+    "jaxnets.translation": 5.7,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,
     "benchmarks": 6,

@@ -14,6 +14,9 @@ from jaxnets.data.image_folder import ImageFolder as ImageFolder
 from jaxnets.data.image_folder import ImageFolders as ImageFolders
 from jaxnets.data.image_folder import open_images as open_images
 from jaxnets.data.order import index as index
+from jaxnets.data.parallel import Pairs as Pairs
+from jaxnets.data.parallel import ParallelCorpus as ParallelCorpus
+from jaxnets.data.parallel import load_parallel as load_parallel
 from jaxnets.data.ratings import Ratings as Ratings
 from jaxnets.data.ratings import load_ratings as load_ratings
 from jaxnets.data.sources import ArrayRecords as ArrayRecords
@@ -21,6 +24,7 @@ from jaxnets.data.sources import Arrays as Arrays
 from jaxnets.data.sources import Source as Source
 from jaxnets.data.sources import write_array_records as write_array_records
 from jaxnets.data.stream import Stream as Stream
+from jaxnets.data.subwords import Subwords as Subwords
 from jaxnets.data.text_file import Text as Text
 from jaxnets.data.text_file import load_text as load_text
 from jaxnets.data.text_tokens import Tokenizer as Tokenizer

@@ -1,5 +1,6 @@
 """Linen modules, each beside the pure function that it wraps."""
 
+from jaxnets.layers.attention import MultiHeadAttention as MultiHeadAttention
 from jaxnets.layers.attention import SelfAttention as SelfAttention
 from jaxnets.layers.attention import attention as attention
 from jaxnets.layers.attention import chunked_attention as chunked_attention

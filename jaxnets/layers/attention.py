@@ -17,6 +17,10 @@ from jaxnets.layers.rotary import rotate
 from jaxnets.ops.partition import constrain
 from jaxnets.typing import Array
 
+_glorot = nn.initializers.variance_scaling
+_into_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
+_out_of_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+
 
 def attention(
     query: Array,
@@ -279,3 +283,123 @@ class SelfAttention(nn.Module):
             name="out",
         )(constrain(y_BTNK, "batch", None, "heads", None))
         return y_BTD if cache is None else (y_BTD, cache)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention of one sequence to another, or to itself, with several heads.
+
+    It can be called in two parts, so that the keys and values of a sequence are kept: those of `x` are
+    `keys_and_values(x)`, and `attend(y, *keys_and_values(x))` is what a call gives.
+
+    The weights, `[B, N, T, S]` before dropout, are noted as "weights" in the collection "intermediates".
+
+    Attributes:
+        width: D, a multiple of the heads.
+        num_heads: N.
+        is_causal: whether query t sees the keys up to t alone, which takes S = T.
+        dropout_rate: probability of dropping a weight.
+        dtype: of the computation; that of input and parameters by default.
+        kernel_init: of the kernels of queries, keys and values, `[D, N, K]`.
+        out_init: of the kernel behind the heads, `[N, K, D]`.
+
+    Example:
+        >>> layer = MultiHeadAttention(width=4, num_heads=2)
+        >>> x_BTD, y_BSD = jnp.ones((1, 3, 4)), jnp.ones((1, 5, 4))
+        >>> layer.init_with_output(jax.random.key(0), x_BTD, y_BSD)[0].shape
+        (1, 3, 4)
+    """
+
+    width: int
+    num_heads: int
+    is_causal: bool = False
+    dropout_rate: float = 0.0
+    dtype: DTypeLike | None = None
+    kernel_init: nn.initializers.Initializer = _into_heads
+    out_init: nn.initializers.Initializer = _out_of_heads
+
+    def setup(self) -> None:
+        """Make the parts."""
+        width = self.width
+        if width % self.num_heads:
+            raise ValueError(f"a width of {width} doesn't split into {self.num_heads} heads")
+        heads = (self.num_heads, width // self.num_heads)
+
+        def projection() -> Einsum:
+            return Einsum("BTD,DNK->BTNK", (width, *heads), heads, self.dtype, self.kernel_init)
+
+        self.query, self.key, self.value = projection(), projection(), projection()
+        self.out = Einsum("BTNK,NKD->BTD", (*heads, width), (width,), self.dtype, self.out_init)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        memory_BSD: Array,
+        *,
+        train: bool = False,
+        rows: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Attend.
+
+        Args:
+            x_BTD: `[B, T, D]`, what asks.
+            memory_BSD: `[B, S, D]`, what is seen; x itself for self-attention.
+            train: whether dropout is on.
+            rows: `[B]`, the id of each row, to which its dropout mask belongs.
+            mask: boolean `[B, S]`, false for places of the memory that nobody sees.
+
+        Returns:
+            `[B, T, D]`.
+
+        Raises:
+            ValueError: if the width doesn't split into so many heads.
+        """
+        return self.attend(x_BTD, *self.keys_and_values(memory_BSD), train=train, rows=rows, mask=mask)
+
+    def keys_and_values(self, memory_BSD: Array) -> tuple[Array, Array]:
+        """Keys and values `[B, S, N, K]` of a sequence `[B, S, D]`."""
+        key_BSNK, value_BSNK = self.key(memory_BSD), self.value(memory_BSD)
+        axes = ("batch", None, "heads", None)
+        return constrain(key_BSNK, *axes), constrain(value_BSNK, *axes)
+
+    def attend(
+        self,
+        x_BTD: Array,
+        key_BSNK: Array,
+        value_BSNK: Array,
+        *,
+        train: bool = False,
+        rows: Array | None = None,
+        mask: Array | None = None,
+        is_step: bool = False,
+    ) -> Array:
+        """Attend to keys and values that are known.
+
+        Args:
+            x_BTD: `[B, T, D]`.
+            key_BSNK: `[B, S, N, K]`.
+            value_BSNK: `[B, S, N, K]`.
+            train: whether dropout is on.
+            rows: `[B]`, the id of each row.
+            mask: boolean `[B, S]`, false for keys that nobody sees.
+            is_step: whether x is a later place than all that the mask lets it see: then nothing more is
+                hidden from it, in a causal layer either.
+
+        Returns:
+            `[B, T, D]`.
+        """
+
+        def noted(weights_BNTS: Array) -> Array:
+            self.sow("intermediates", "weights", weights_BNTS)
+            return self.dropout(weights_BNTS, train=train, rows=rows)
+
+        y_BTNK = attention(
+            constrain(self.query(x_BTD), "batch", None, "heads", None),
+            key_BSNK,
+            value_BSNK,
+            is_causal=self.is_causal and not is_step,
+            mask=mask,
+            dropout_fn=noted,
+        )
+        return self.out(constrain(y_BTNK, "batch", None, "heads", None))

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxnets.typing import Array
 
@@ -36,16 +37,20 @@ def softmax_cross_entropy(logits: Array, labels: Array, *, label_smoothing: floa
     chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
     chex.assert_rank(logits, labels.ndim + 1)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_probs = jax.nn.log_softmax(logits)
+    # Not by way of log_softmax, an array as large as the logits: their own passes are what a loss over a
+    # large vocabulary takes.
+    greatest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - greatest
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     # In int32: bytes would count 300 classes as 0 to 255, 0 to 43.
-    is_label = labels[..., None] == jax.lax.broadcasted_iota(
-        jnp.int32, log_probs.shape, log_probs.ndim - 1
-    )
-    loss = -jnp.sum(jnp.where(is_label, log_probs, 0), axis=-1)
+    index = labels.astype(jnp.int32)[..., None]
+    is_class = (index == labels[..., None]) & (index >= 0) & (index < logits.shape[-1])
+    label = jnp.take_along_axis(logits, jnp.where(is_class, index, 0), axis=-1) - greatest
+    loss = log_sum - label[..., 0]
     if label_smoothing:
-        uniform = -jnp.mean(log_probs, axis=-1)
+        uniform = log_sum - jnp.mean(shifted, axis=-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-    return jnp.where(jnp.any(is_label, axis=-1), loss, jnp.nan)
+    return jnp.where(is_class[..., 0], loss, jnp.nan)
 
 
 def chunked_cross_entropy(

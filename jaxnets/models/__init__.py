@@ -1,8 +1,11 @@
 """Models, one file for each family, all called with `x, train=..., rows=..., mask=...`.
 
-x are images, tokens for language models, or pairs of user and item for recommenders.
+x are images, tokens for language models and text encoders, both sides of a translation, or pairs of user
+and item for recommenders.
 """
 
+from jaxnets.models.attention_rnn import AttentionRNN as AttentionRNN
+from jaxnets.models.bert import BERT as BERT
 from jaxnets.models.convnet import convnet as convnet
 from jaxnets.models.functional import functional as functional
 from jaxnets.models.generation import Sampling as Sampling
@@ -22,4 +25,5 @@ from jaxnets.models.speednet import whitened as whitened
 from jaxnets.models.text_classifier import lstm_classifier as lstm_classifier
 from jaxnets.models.text_classifier import weighted_naive_bayes as weighted_naive_bayes
 from jaxnets.models.text_classifier import with_ratios as with_ratios
+from jaxnets.models.transformer import Transformer as Transformer
 from jaxnets.models.two_tower import two_tower as two_tower

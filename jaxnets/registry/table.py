@@ -80,6 +80,13 @@ entries: dict[str, dict[str, Entry]] = {
         neumf="models.neumf:neumf",
         two_tower="models.two_tower:two_tower",
     ),
+    "text_encoder": _built_in(
+        bert_base="models.bert:bert_base",
+    ),
+    "translation_model": _built_in(
+        transformer="models.transformer:Transformer",
+        attention_rnn="models.attention_rnn:AttentionRNN",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",
