@@ -25,7 +25,7 @@ class LSTMClassifier(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, width)
         self.lstm = nn.LSTM(width, hidden, batch_first=True)
         # It adds nothing to the first one, and Adam would take every step twice.
-        zeros = self.lstm.bias_hh_l0.detach().zero_()
+        zeros = torch.zeros(4 * hidden)
         del self.lstm.bias_hh_l0
         self.lstm.register_buffer("bias_hh_l0", zeros, persistent=False)
         self.head = nn.Linear(hidden, num_classes)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -218,11 +219,12 @@ def load_made_reviews(
             phrases.append(frame.format(part=_PARTS[rng.integers(len(_PARTS))], word=word, other=other))
         return ". ".join(phrases) + "."
 
-    parts = []
+    parts: list[Any] = []
     for count in (2000, 500):
         label = rng.permutation(np.arange(count, dtype=np.int32) % 2)
         parts += [[review(int(x)) for x in label], label]
-    return Texts("made_reviews", *parts, ("neg", "pos"), "generated")
+    train, train_label, test, test_label = parts
+    return Texts("made_reviews", train, train_label, test, test_label, ("neg", "pos"), "generated")
 
 
 def load_random_texts(
@@ -238,9 +240,10 @@ def load_random_texts(
     del data_dir, progress
     check_verify(verify)
     rng = np.random.default_rng(0)
-    parts = []
+    parts: list[Any] = []
     for count in (4000, 1000):
         numbers = rng.integers(0, 20_000, (count, 200))
         parts += [[" ".join(f"w{n}" for n in row) for row in numbers]]
         parts += [rng.integers(0, 2, count, dtype=np.int32)]
-    return Texts("random_texts", *parts, ("neg", "pos"), "generated")
+    train, train_label, test, test_label = parts
+    return Texts("random_texts", train, train_label, test, test_label, ("neg", "pos"), "generated")

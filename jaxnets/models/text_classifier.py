@@ -1,6 +1,7 @@
 """Classifiers of texts: an LSTM over its words, and naive Bayes with learnt weights on its n-grams."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,11 @@ def with_ratios(
 
 
 def _uniform(limit: float) -> jax.nn.initializers.Initializer:
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
 
 
 def lstm_classifier(vocabulary_size: int, num_classes: int = 2, **fields) -> LSTMClassifier:
