@@ -123,7 +123,7 @@ def is_alive(pid):
 
 
 def break_off(data, folder, number, *, worker):
-    """Start training with workers, send a signal once it trains; the status, stderr, seconds."""
+    """Start training with workers, send a signal once it trains; the status and stderr."""
     log = folder / "metrics.jsonl"
     size = log.stat().st_size if log.exists() else 0
     words = [*FLAGS, "--epochs", "2000", "--num-workers", "2"]
@@ -143,12 +143,10 @@ def break_off(data, folder, number, *, worker):
     assert len(workers) >= 2
     # To the whole group, as a terminal or a supervisor does.
     (os.kill if worker else os.killpg)(workers[0] if worker else process.pid, number)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    seconds = time.monotonic() - start
+    _, err = process.communicate(timeout=60)  # of the 2,000 epochs it waits for none
     time.sleep(1.5)
     assert not any(map(is_alive, workers))
-    return process.returncode, err, seconds
+    return process.returncode, err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -157,13 +155,12 @@ def break_off(data, folder, number, *, worker):
 def test_a_run_that_was_broken_off_goes_on_exactly(data, train, tmp_path):
     """By a killed worker, and by a kill of itself; then to the end with another number of workers."""
     broken = tmp_path / "broken"
-    status, err, seconds = break_off(data, broken, signal.SIGKILL, worker=True)
+    status, err = break_off(data, broken, signal.SIGKILL, worker=True)
     assert status == 2
-    assert seconds < 60  # and not for as long as it would train
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert "was killed by SIGKILL before batch" in line
     assert "Traceback" not in err
-    status, _, _ = break_off(data, broken, signal.SIGKILL, worker=False)
+    status, _ = break_off(data, broken, signal.SIGKILL, worker=False)
     assert status == -signal.SIGKILL
     step = Checkpoints(broken / "checkpoints").latest()
     assert step is not None

@@ -12,8 +12,11 @@ NUM_VALUES = 5  # of the first steps, which both sides must agree on
 ENDLESS = 2**40  # positions; the order goes on over any number of epochs
 # Rows and columns of the matrix product that stands for the ceiling: more where there is more to busy,
 # fewer where a call would take longer than this many seconds, as in a dtype that the processor lacks.
-_PRODUCT_SIZE, _LARGE_PRODUCT_SIZE, _SMALL_PRODUCT_SIZE = 2048, 8192, 256
-_LONGEST_PRODUCT = 2.0
+_PRODUCT_SIZE, _LARGE_PRODUCT_SIZE = 2048, 8192
+_LONGEST_PRODUCT_S = 2.0
+# How much smaller the first one is: large enough still that what a call takes by itself, as on a GPU,
+# isn't taken for a slow product.
+_FIRST_IS_SMALLER = 4
 COPY_BYTES = 2**28  # read and written by the copy
 _SECONDS = 0.5  # of each of the two
 
@@ -35,8 +38,9 @@ def product_flops(product: Callable[[int], Callable[[], Any]], device: str) -> f
     `product` makes from the number of rows a call that computes such a product and waits for it.
     """
     size = _PRODUCT_SIZE if device == "cpu" else _LARGE_PRODUCT_SIZE
-    seconds = best_seconds(product(_SMALL_PRODUCT_SIZE)) * (size / _SMALL_PRODUCT_SIZE) ** 3
-    while seconds > _LONGEST_PRODUCT and size > _SMALL_PRODUCT_SIZE:
+    first = size // _FIRST_IS_SMALLER
+    seconds = best_seconds(product(first)) * _FIRST_IS_SMALLER**3
+    while seconds > _LONGEST_PRODUCT_S and size > first:
         size, seconds = size // 2, seconds / 8
     return 2 * size**3 / best_seconds(product(size))
 
