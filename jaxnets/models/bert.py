@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxnets.layers import Dropout, Embedding, LayerNorm, constrain
-from jaxnets.models.transformer import Encoder, LayerFields
+from jaxnets.models.transformer_stack import Encoder, LayerFields
 from jaxnets.typing import Array
 
 _init = nn.initializers.normal(0.02)

@@ -459,11 +459,10 @@ class Checkpoints:
 
     def check_files(self, step: int) -> None:
         """Raise DamagedError if a step isn't whole; each process looks at a part of it."""
-        found = self.manifest(step)
-        part = {"part": hosts.index(), "num_parts": hosts.count()}
+        found, index, count = self.manifest(step), hosts.index(), hosts.count()
         together(
             "checkpoints/check",
-            lambda: manifest.check_files(self.path(step), found, **part),
+            lambda: manifest.check_files(self.path(step), found, part=index, num_parts=count),
             timeout_s=_TIMEOUT_S,
         )
         self._whole[step] = found

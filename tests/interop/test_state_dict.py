@@ -6,7 +6,7 @@ import pytest
 from jaxnets import errors
 from jaxnets.interop import state_dict
 from jaxnets.layers import GRU, LSTM
-from jaxnets.models.transformer import Encoder, LayerFields
+from jaxnets.models.transformer_stack import Encoder, LayerFields
 from tests.models.tiny_translation import draw
 
 B, T, D, H = 3, 5, 4, 6

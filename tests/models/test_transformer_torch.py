@@ -7,7 +7,8 @@ import pytest
 
 from jaxnets.interop import state_dict
 from jaxnets.layers import MultiHeadAttention
-from jaxnets.models.transformer import Decoder, Encoder, LayerFields, Transformer, sinusoids
+from jaxnets.models.transformer import Transformer, sinusoids
+from jaxnets.models.transformer_stack import Decoder, Encoder, LayerFields
 from tests.models.tiny_translation import draw
 
 pytestmark = pytest.mark.parity
