@@ -56,8 +56,10 @@ class Config:
 
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     reviews = texts.load_texts(config.dataset, data_dir=options.data_dir, verify=options.verify)
-    reader = Reader.of_texts(reviews.train, config)
-    train_tokens, train_lengths = reader.read(reviews.train)
+    words = vocab.Words.of_texts(reviews.train, config.vocabulary_size)
+    encoded = words.encode(reviews.train)
+    reader = Reader(words, learn_ngrams(config, encoded, len(words)), config.max_length)
+    train_tokens, train_lengths = reader.rows(encoded)
     test_tokens, test_lengths = reader.read(reviews.test)
     num_classes = len(reviews.class_names)
     init_fn, apply_fn = make_model(config, len(reader), num_classes)
@@ -157,16 +159,6 @@ class Reader:
         self.words, self.ngrams, self.max_length = words, ngrams, max_length
 
     @classmethod
-    def of_texts(cls, train: Sequence[str], config: Config) -> "Reader":
-        """Its vocabulary from the training texts."""
-        words = vocab.Words.of_texts(train, config.vocabulary_size)
-        if not config.ngrams:
-            return cls(words, None, config.max_length)
-        encoded, base = words.encode(train), len(words)
-        runs = vocab.NGrams.of_encoded(encoded, config.ngrams_size, config.ngrams, base)
-        return cls(words, runs, config.max_length)
-
-    @classmethod
     def of_run(cls, run: SavedRun) -> "Reader":
         """The one that a run was trained with."""
         words = vocab.Words.from_bytes(run.asset("words.json"))
@@ -183,7 +175,10 @@ class Reader:
 
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `[N, max_length]` and lengths `[N]`."""
-        encoded = self.words.encode(texts)
+        return self.rows(self.words.encode(texts))
+
+    def rows(self, encoded: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of texts whose words are numbers already."""
         if self.ngrams is None:
             return vocab.pad(encoded, self.max_length, keep="last")
         return vocab.pad(self.ngrams.encode(encoded), self.max_length, keep="first")
@@ -192,6 +187,12 @@ class Reader:
         """What `of_run` reads."""
         words = {"words.json": self.words.to_bytes()}
         return words if self.ngrams is None else words | {"ngrams": self.ngrams.to_bytes()}
+
+
+def learn_ngrams(config: Config, encoded: Sequence[np.ndarray], base: int) -> vocab.NGrams | None:
+    if not config.ngrams:
+        return None
+    return vocab.NGrams.of_encoded(encoded, config.ngrams_size, config.ngrams, base)
 
 
 def widths(config: Config) -> tuple[int, ...]:

@@ -20,9 +20,7 @@ HR@10 of 0.661 and 0.062 and an nDCG@10 of 0.414 and 0.032; the most popular fil
 0.602 and 0.043, 0.353 and 0.019.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -33,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnets import cli, errors, losses, metrics, models, ops, registry, train
-from jaxnets.commands import Command, SavedRun
+from jaxnets import cli, errors, losses, metrics, models, ops, recommendation, registry, train
 from jaxnets.config import RunOptions, parse_flags, preset_of
 from jaxnets.data import load_ratings, ratings
 from jaxnets.models.matrix_factorization import sharding_rules
@@ -80,13 +77,15 @@ class Config:
 
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     _check(config)
-    build = registry.get("recommender", config.model)
     kind = "row_optimizer" if config.update_rows else "optimizer"
     optimizer = registry.get(kind, config.optimizer)
     data = load_ratings(config.dataset, data_dir=options.data_dir, verify=options.verify)
     is_explicit = config.loss == "squared_error"
     parts = (split_ratings if is_explicit else split_implicit)(data, config)
-    model = build(data.num_users, data.num_items, **_fields(config, parts["train"]))
+    is_about_stars = is_explicit and config.model == "matrix_factorization"
+    mean = float(np.mean(parts["train"]["rating"], dtype=np.float64)) if is_about_stars else 0.0
+    catalogue = recommendation.Catalogue.of(data, parts["train"], mean)
+    model = make_model(config, catalogue)
     init_fn, apply_fn = models.functional(model, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
     def of_model(method, params, *args):
@@ -183,12 +182,12 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         maximize=not is_explicit,
         rules=sharding_rules(),
         tables=Tables(_entries(init_fn, is_explicit), complete) if config.update_rows else None,
-        assets={"catalogue.npz": catalogue_of(data, config, parts["train"])},
+        assets={recommendation.CATALOGUE: catalogue.to_bytes()},
         torch_reference="benchmarks.torch_reference.recommender:reference",
         torch_arguments={
             "num_users": data.num_users,
             "num_items": data.num_items,
-            "mean": _fields(config, parts["train"]).get("mean", 0.0),
+            "mean": mean,
             **{name: getattr(config, name) for name in _KNOWN_THERE},
             # It refuses these.
             **{
@@ -230,25 +229,14 @@ def split_implicit(data: ratings.Ratings, config: Config):
     return parts
 
 
-def catalogue_of(data: ratings.Ratings, config: Config, train_) -> bytes:
-    """What `recommend` needs beside the weights: ids, titles, and what each user has rated."""
-    arrays = {
-        **ratings.catalogue(data),
-        "seen": ratings.packed_items(train_["user"], train_["item"], data.num_users, data.num_items),
-        "mean": np.asarray(_fields(config, train_).get("mean", 0.0)),
-    }
-    content = io.BytesIO()
-    np.savez_compressed(content, allow_pickle=False, **arrays)
-    return content.getvalue()
-
-
-def _fields(config: Config, train_) -> dict[str, Any]:
+def make_model(config: Config, catalogue: recommendation.Catalogue):
     fields: dict[str, Any] = {"dtype": None if config.dtype == "float32" else jnp.dtype(config.dtype)}
     if config.model != "neumf":
         fields["width"] = config.width
-    if config.loss == "squared_error" and config.model == "matrix_factorization":
-        fields["mean"] = float(np.mean(train_["rating"], dtype=np.float64))
-    return fields
+    if config.model == "matrix_factorization":
+        fields["mean"] = catalogue.mean
+    build = registry.get("recommender", config.model)
+    return build(len(catalogue.user_ids), len(catalogue.item_ids), **fields)
 
 
 def _entries(init_fn, is_explicit: bool) -> dict[str, str]:
@@ -287,92 +275,6 @@ def _check(config: Config) -> None:
 
 
 _FACTORIZATIONS = ("matrix_factorization", "embedding_dot")
-
-
-# ---- what can be done with a trained run
-
-
-@dataclasses.dataclass(frozen=True)
-class RecommendFlags:
-    user: str = ""  # The id that the user has in the data.
-    count: int = 10  # How many films.
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictFlags:
-    input: Path | None = None  # A file with a line "userId,movieId" for each.
-    output: Path | None = None  # A file to write "userId,movieId,prediction" to, instead of printing.
-
-
-def recommend(saved: SavedRun, words: Sequence[str], flags: RecommendFlags) -> None:
-    del words
-    if not flags.user:
-        raise errors.ConfigError("recommend to whom? --user ID, as in the data")
-    known, model, params = _restored(saved)
-    user = ratings.number_of(known["user_ids"], flags.user, "user")
-    size = len(known["item_ids"])
-    if not 1 <= flags.count <= size:
-        raise errors.ConfigError(f"count is 1 to {size}, the films there are, not {flags.count}")
-    scores_I = model.apply({"params": params}, jnp.array([user]), method="all_items")[0]
-    is_seen_I = jnp.unpackbits(jnp.asarray(known["seen"][user]), count=size) == 1
-    best, items = jax.lax.top_k(
-        jnp.where(is_seen_I, -jnp.inf, scores_I.astype(jnp.float32)), flags.count
-    )
-    what = "stars" if saved.config.loss == "squared_error" else "score"
-    print(f"for user {flags.user}, who has rated {int(is_seen_I.sum())} films in training:")
-    for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
-        if np.isfinite(score):
-            print(f"{rank:>3}  {what} {score:5.2f}  {known['titles'][item]}")
-
-
-def predict(saved: SavedRun, words: Sequence[str], flags: PredictFlags) -> None:
-    asked = [(f"{word!r}", word.split(":")) for word in words]
-    if flags.input is not None:
-        try:
-            lines = flags.input.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise errors.DataError(f"{flags.input}: can't be read: {errors.first_line(error)}") from None
-        for number, cells in enumerate(csv.reader(lines), start=1):
-            if cells and not (number == 1 and cells[:2] == ["userId", "movieId"]):
-                asked.append((f"{flags.input}: line {number}", cells[:2]))
-    if not asked:
-        raise errors.ConfigError("predict what? USER:MOVIE, by the ids in the data, or --input PATH")
-    known, model, params = _restored(saved)
-    pairs = []
-    for where, cells in asked:
-        if len(cells) != 2:
-            raise errors.ConfigError(f"{where} is no pair of a user and a movie")
-        try:
-            user = ratings.number_of(known["user_ids"], cells[0], "user")
-            pairs.append((user, ratings.number_of(known["item_ids"], cells[1], "movie")))
-        except errors.ConfigError as error:
-            raise errors.ConfigError(f"{where}: {error}") from None
-    scores = np.asarray(model.apply({"params": params}, jnp.array(pairs)), np.float32)
-    if saved.config.loss == "squared_error":
-        scores = np.clip(scores, 0.5, 5)
-    ids = [(known["user_ids"][u], known["item_ids"][i]) for u, i in pairs]
-    if flags.output is not None:
-        rows = [f"{u},{i},{score:.4f}" for (u, i), score in zip(ids, scores.tolist(), strict=True)]
-        try:
-            flags.output.write_text("\n".join(["userId,movieId,prediction", *rows]) + "\n", "utf-8")
-        except OSError as error:
-            raise errors.ConfigError(f"{flags.output}: can't be written: {error.strerror}") from None
-        return
-    for (u, i), score, (_, item) in zip(ids, scores.tolist(), pairs, strict=True):
-        print(f"user {u}, movie {i}: {score:.2f}  {known['titles'][item]}")
-
-
-def _restored(saved: SavedRun):
-    """The catalogue, the model and its parameters."""
-    known = dict(np.load(io.BytesIO(saved.asset("catalogue.npz")), allow_pickle=False))
-    config: Config = saved.config
-    fields: dict[str, Any] = {"width": config.width} if config.model != "neumf" else {}
-    if config.loss == "squared_error":
-        fields["mean"] = float(known["mean"])
-    build = registry.get("recommender", config.model)
-    model = build(len(known["user_ids"]), len(known["item_ids"]), **fields)
-    _, params, _ = saved.model
-    return known, model, params
 
 
 def crossvalidate(argv: Sequence[str]) -> int:
@@ -444,17 +346,7 @@ EXPERIMENT = cli.Experiment(
             TUTORIAL, model="two_tower", loss="softmax", num_negatives=16, learning_rate=0.003
         ),
     },
-    commands={
-        "recommend": Command(
-            "titles of films for a user: recommend --user 42", recommend, flags=RecommendFlags()
-        ),
-        "predict": Command(
-            "the rating of films by users: predict USER:MOVIE ...",
-            predict,
-            flags=PredictFlags(),
-            words="USER:MOVIE",
-        ),
-    },
+    commands=recommendation.make_commands(make_model),
 )
 
 

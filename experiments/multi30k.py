@@ -19,7 +19,7 @@ import numpy as np
 from jaxnets import cli, data, errors, losses, metrics, models, registry, train, translation
 from jaxnets.config import RunOptions
 from jaxnets.data.parallel import load_parallel
-from jaxnets.data.subwords import BEGIN, Subwords, encode_all, padded
+from jaxnets.data.subwords import BEGIN, PAD, Subwords, encode_all, padded
 from jaxnets.models import attention_rnn, transformer
 from jaxnets.recipe import Recipe, count_positions
 from jaxnets.train import optim
@@ -107,7 +107,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     )
 
     def logits_and_labels(params, model_state, batch, **options):
-        mask = batch["source_mask"]
+        mask = mask_of(batch, "source")  # as long as this batch needs
         source, target = (batch[name][:, : mask.shape[1]] for name in ("source", "target"))
         # What has been said so far: the sentence behind the token that begins it.
         begin = jnp.full_like(target[:, :1], BEGIN)
@@ -122,6 +122,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         )
         loss = losses.softmax_cross_entropy(logits_BTV, target, label_smoothing=config.label_smoothing)
         return {"loss": loss}, model_state, {}
+
+    def predict_fn(params, model_state, batch):
+        return logits_and_labels(params, model_state, batch, train=False)[0]
 
     def eval_fn(params, model_state, batch):
         logits_BTV, target, _ = logits_and_labels(params, model_state, batch, train=False)
@@ -147,7 +150,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         on_nonfinite=config.on_nonfinite,
         ema_decay=config.ema_decay,
         patience=config.patience,
-        weights_fn=lambda batch: {"loss": batch["target_mask"]},
+        weights_fn=lambda batch: {"loss": mask_of(batch, "target")},
         eval_batch_size=128,
         learning_rate=schedule,
         monitor="loss",
@@ -155,7 +158,34 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         rules=_RULES.get(config.model),
         lengths=data.Lengths(train_lengths, test_lengths, buckets),
         assets={translation.SUBWORDS: subwords.to_bytes()},
+        predict_fn=predict_fn,
+        torch_reference="benchmarks.torch_reference.translation:reference",
+        torch_arguments={
+            "vocabulary_size": len(subwords),
+            "max_length": 2 * config.max_length,
+            "dropout_rate": config.dropout,
+            **{name: getattr(config, name) for name in _KNOWN_THERE},
+            # It refuses these.
+            **{
+                name: getattr(config, name)
+                for name, plain in _ONLY_HERE.items()
+                if getattr(config, name) != plain
+            },
+        },
     )
+
+
+_KNOWN_THERE = (
+    *("model", "num_layers", "num_heads", "width", "hidden", "label_smoothing", "optimizer"),
+    *("learning_rate", "momentum", "weight_decay", "dtype"),
+)
+# Parts of the recipe that the PyTorch reference doesn't have, and their value where they aren't in use.
+_ONLY_HERE = {"schedule": "constant", "warmup": 0.0, "clip_norm": None, "ema_decay": None}
+
+
+def mask_of(batch, side: str):
+    """Which places of a side are no padding, `[B, T]`: that of a draw by length, or all there are."""
+    return batch[f"{side}_mask"] if f"{side}_mask" in batch else batch[side] != PAD
 
 
 def make_model(config: Config, vocabulary_size: int):

@@ -46,6 +46,7 @@ ROWS = {
     "jaxnets.commands": 5.5,
     "jaxnets.writing": 5.7,
     "jaxnets.translation": 5.7,
+    "jaxnets.recommendation": 5.7,
     "jaxnets.cli": 6,
     "jaxnets.__main__": 6,
     "benchmarks": 6,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import operator
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -215,9 +214,3 @@ def packed_items(user: np.ndarray, item: np.ndarray, num_users: int, num_items: 
     bits = np.zeros((num_users, -(-num_items // 8)), np.uint8)
     np.bitwise_or.at(bits, (user, item >> 3), (128 >> (item & 7)).astype(np.uint8))
     return bits
-
-
-def catalogue(ratings: Ratings) -> Mapping[str, np.ndarray]:
-    """What a model needs beside its weights to name users and items: both ids, and titles."""
-    titles = np.asarray(ratings.titles, np.str_)
-    return {"user_ids": ratings.user_ids, "item_ids": ratings.item_ids, "titles": titles}

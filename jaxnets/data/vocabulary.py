@@ -175,7 +175,9 @@ def _runs(texts: Sequence[np.ndarray], order: int, base: int) -> tuple[np.ndarra
 
 def _once(owners: np.ndarray, numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Each pair once, in order; numbers are below size."""
-    pairs = np.unique(owners.astype(np.int64) * size + numbers)
+    pairs = owners.astype(np.int64) * size + numbers
+    pairs.sort()  # of millions several times as fast as np.unique, which hashes them
+    pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)]]
     return pairs // size, pairs % size
 
 
