@@ -116,7 +116,10 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         init_fn=init_fn,
         loss_fn=loss_fn,
         eval_fn=eval_fn,
-        tx=optimizer(schedule, weight_decay=config.weight_decay),
+        tx=optimizer(
+            config.learning_rate if config.schedule == "constant" else schedule,
+            weight_decay=config.weight_decay,
+        ),
         train={"tokens": train_tokens, "length": train_lengths, "label": reviews.train_label},
         test={"tokens": test_tokens, "length": test_lengths, "label": reviews.test_label},
         lengths=Lengths({"tokens": train_lengths}, {"tokens": test_lengths}, widths(config)),

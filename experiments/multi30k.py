@@ -93,8 +93,9 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         -(-num_positions // config.batch_size),
         warmup=config.warmup,
     )
+    is_constant = config.schedule == "constant" and not config.warmup
     tx = optimizer(
-        schedule,
+        config.learning_rate if is_constant else schedule,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         decay_mask=optim.matrices_only,
@@ -129,10 +130,10 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     def eval_fn(params, model_state, batch):
         logits_BTV, target, _ = logits_and_labels(params, model_state, batch, train=False)
         loss = losses.softmax_cross_entropy(logits_BTV, target)
-        correct = metrics.is_correct(logits_BTV, target)
+        correct, mask = metrics.is_correct(logits_BTV, target), mask_of(batch, "target")
         return {
-            "loss": metrics.Mean.of(loss, batch["target_mask"]),
-            "accuracy": metrics.Mean.of(correct, batch["target_mask"]),
+            "loss": metrics.Mean.of(loss, mask),
+            "accuracy": metrics.Mean.of(correct, mask),
         }
 
     return Recipe(

@@ -37,7 +37,8 @@ class Translator(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, width)
         places = torch.from_numpy(sinusoids(max_length, width)).to(torch.get_default_dtype())
         self.register_buffer("places", places, persistent=False)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.source_dropout = nn.Dropout(dropout_rate)
+        self.target_dropout = nn.Dropout(dropout_rate)
         how: dict[str, Any] = {"batch_first": True, "norm_first": True, "dropout": dropout_rate}
         how |= {"dim_feedforward": hidden}
         self.encoder = nn.TransformerEncoder(
@@ -53,12 +54,13 @@ class Translator(nn.Module):
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Logits `[B, T, V]` of each token of the target `[B, T]`, given those before it."""
         is_padding = source == PAD
-        memory = self.encoder(self._embedded(source), src_key_padding_mask=is_padding)
+        x = self.source_dropout(self._embedded(source))
+        memory = self.encoder(x, src_key_padding_mask=is_padding)
         said = F.pad(target[:, :-1], (1, 0), value=BEGIN)
         length = target.shape[1]
         is_later = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         y = self.decoder(
-            self._embedded(said),
+            self.target_dropout(self._embedded(said)),
             memory,
             tgt_mask=is_later,
             memory_key_padding_mask=is_padding,
@@ -68,8 +70,7 @@ class Translator(nn.Module):
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         places: Any = self.places
-        x = self.embedding(tokens) * self.width**0.5 + places[: tokens.shape[1]]
-        return self.dropout(x)
+        return self.embedding(tokens) * self.width**0.5 + places[: tokens.shape[1]]
 
 
 def reference(

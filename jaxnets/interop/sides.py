@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxnets import errors
 from jaxnets.data import take
 from jaxnets.interop.reference import Reference
+from jaxnets.interop.torch_side import dropout_places
 from jaxnets.interop.weights import flatten, only_params, to_linen, to_torch
 from jaxnets.layers.dropout import Dropout, without_dropout
 from jaxnets.recipe import Recipe
@@ -39,7 +40,7 @@ class Record:
         grads: of the first step.
         after_one: parameters and running statistics after the first step.
         after_all: the same after the last.
-        dropout_rates: of the model's dropout layers, sorted.
+        dropout_rates: of the model's dropout layers that drop something, sorted.
     """
 
     outputs: Arrays
@@ -131,10 +132,9 @@ def run_torch(
         state_dict = to_torch(reference.weights, jax.tree.map(lambda x: x.astype(dtype), variables))
         load_weights(model, state_dict)
         rates = []
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                rates.append(float(module.p))
-                module.p = 0.0
+        for place in dropout_places(model):
+            rates += [rate] if (rate := float(getattr(*place))) else []
+            setattr(*place, 0.0)
         optimizer = reference.make_optimizer(model.parameters())
         rows = {name: np.take(x, draws[0]["index"], axis=0) for name, x in arrays.items()}
         resident = reference.make_resident(rows)
@@ -199,7 +199,7 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
             first = out[0] if isinstance(out, tuple) else out  # of a recurrent layer, beside its state
             if context.method_name == "__call__" and isinstance(first, jax.Array):
                 _add(seen, "/".join(context.module.path), first)
-                if isinstance(context.module, Dropout):
+                if isinstance(context.module, Dropout) and context.module.rate:
                     rates.append(float(context.module.rate))
             return out
 
