@@ -11,15 +11,17 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxnets.layers.dropout import Dropout
-from jaxnets.layers.einsum import Einsum
 from jaxnets.layers.key_values import KeyValues
+from jaxnets.layers.linear import Linear
 from jaxnets.layers.rotary import rotate
+from jaxnets.ops.forms import is_for_cpu
 from jaxnets.ops.partition import constrain
 from jaxnets.typing import Array
 
 _glorot = nn.initializers.variance_scaling
 _into_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 _out_of_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+_BLOCK, _MOST_BLOCKS = 64, 8  # queries at a time of causal attention on a CPU, and how many times
 
 
 def attention(
@@ -59,11 +61,34 @@ def attention(
         ([2.0, 2.0], [1.0, 2.0])
     """
     check_shapes(query, key, value, is_causal=is_causal, mask=mask)
-    is_seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None] if is_causal else None
-    if mask is not None:
-        is_unmasked = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
-        is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
-    return attend(query, key, value, is_seen, dropout_fn)
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    # Heads before places: products whose batch axes come first take half as long on a CPU.
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
+    size = max(1, num_queries)
+    if is_causal and dropout_fn is None and is_for_cpu():
+        size = max(
+            _BLOCK, -(-num_queries // _MOST_BLOCKS)
+        )  # the keys that none of these sees aren't used
+    parts = []
+    for start in range(0, max(1, num_queries), size):
+        queries = slice(start, start + size)
+        keys = slice(0, min(start + size, num_keys) if is_causal else num_keys)
+        is_seen = None
+        if is_causal:
+            is_seen = jnp.tri(num_queries, num_keys, dtype=bool)[None, None, queries, keys]
+        if mask is not None:
+            is_unmasked = mask[:, None, None, keys] if mask.ndim == 2 else mask[:, None, queries, keys]
+            is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
+        part = attend(
+            query[:, :, queries],
+            key[:, :, keys],
+            value[:, :, keys],
+            is_seen,
+            dropout_fn,
+            mask is not None,
+        )
+        parts.append(part)
+    return jnp.moveaxis(jnp.concatenate(parts, axis=2), 1, 2)
 
 
 def check_shapes(query: Array, key: Array, value: Array, *, is_causal: bool, mask: Array | None) -> None:
@@ -91,20 +116,33 @@ def attend(
     value: Array,
     is_seen: Array | None,
     dropout_fn: Callable[[Array], Array] | None = None,
+    may_see_none: bool = True,
 ) -> Array:
-    """`attention` with a mask that broadcasts to `[B, N, T, S]`."""
+    """`attention` with heads before places and a mask that broadcasts to `[B, N, T, S]`.
+
+    Args:
+        query: `[B, N, T, K]`.
+        key: `[B, N, S, K]`.
+        value: `[B, N, S, K]`.
+        is_seen: the mask.
+        dropout_fn: as of `attention`.
+        may_see_none: whether there may be a query that sees no key.
+
+    Returns:
+        `[B, N, T, K]`.
+    """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=dtype)
+    scores_BNTS = jnp.einsum("BNTK,BNSK->BNTS", query, key, preferred_element_type=dtype)
     scores_BNTS = scores_BNTS * jnp.asarray(query.shape[-1] ** -0.5, dtype)
     if is_seen is not None:
         # The least number and not -inf: of a query that sees nothing, that would make NaN.
         scores_BNTS = jnp.where(is_seen, scores_BNTS, jnp.finfo(dtype).min)
     weights_BNTS = jax.nn.softmax(scores_BNTS)
-    if is_seen is not None:
+    if is_seen is not None and may_see_none:
         weights_BNTS = jnp.where(is_seen, weights_BNTS, 0)
     if dropout_fn is not None:
         weights_BNTS = dropout_fn(weights_BNTS)
-    return jnp.einsum("BNTS,BSNK->BTNK", weights_BNTS.astype(value.dtype), value)
+    return jnp.einsum("BNTS,BNSK->BNTK", weights_BNTS.astype(value.dtype), value)
 
 
 def chunked_attention(
@@ -163,8 +201,9 @@ def chunked_attention(
             is_unmasked = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
             is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
         drop = None if dropout_fn is None else partial(dropout_fn, i=i)
-        return attend(query, key, value, is_seen, drop)
+        return jnp.moveaxis(attend(jnp.moveaxis(query, 2, 1), key, value, is_seen, drop), 1, 2)
 
+    key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     pairs = cut(mask) if mask is not None and mask.ndim == 3 else None
     parts = jax.lax.map(
         lambda x: part(x[0], x[1], key, value, mask if pairs is None else x[2]),
@@ -237,10 +276,9 @@ class SelfAttention(nn.Module):
         heads = (self.num_heads, width // self.num_heads)
 
         def project(name: str) -> Array:
-            x_BTNK = Einsum(
-                "BTD,DNK->BTNK",
-                (width, *heads),
-                bias_shape=heads if self.use_bias else (),
+            x_BTNK = Linear(
+                heads,
+                use_bias=self.use_bias,
                 dtype=self.dtype,
                 kernel_init=self.kernel_init,
                 name=name,
@@ -256,13 +294,17 @@ class SelfAttention(nn.Module):
             cache = cache.add(key, value, places)
             y_BTNK = attention(query, cache.key, cache.value, mask=cache.seen_from(places))
         elif self.chunk is None:
+
+            def drop(weights_BNTS: Array) -> Array:
+                return dropout(weights_BNTS, train=train, rows=rows)
+
             y_BTNK = attention(
                 query,
                 key,
                 value,
                 is_causal=self.is_causal,
                 mask=mask,
-                dropout_fn=lambda weights_BNTS: dropout(weights_BNTS, train=train, rows=rows),
+                dropout_fn=drop if train and self.dropout_rate else None,
             )
         else:
             y_BTNK = chunked_attention(
@@ -274,10 +316,10 @@ class SelfAttention(nn.Module):
                 mask=mask,
                 dropout_fn=dropout.of_parts(train=train, rows=rows),
             )
-        y_BTD = Einsum(
-            "BTNK,NKD->BTD",
-            (*heads, width),
-            bias_shape=(width,) if self.use_bias else (),
+        y_BTD = Linear(
+            (width,),
+            num_inputs=2,
+            use_bias=self.use_bias,
             dtype=self.dtype,
             kernel_init=self.out_init,
             name="out",
@@ -324,11 +366,11 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"a width of {width} doesn't split into {self.num_heads} heads")
         heads = (self.num_heads, width // self.num_heads)
 
-        def projection() -> Einsum:
-            return Einsum("BTD,DNK->BTNK", (width, *heads), heads, self.dtype, self.kernel_init)
+        def projection() -> Linear:
+            return Linear(heads, dtype=self.dtype, kernel_init=self.kernel_init)
 
         self.query, self.key, self.value = projection(), projection(), projection()
-        self.out = Einsum("BTNK,NKD->BTD", (*heads, width), (width,), self.dtype, self.out_init)
+        self.out = Linear((width,), num_inputs=2, dtype=self.dtype, kernel_init=self.out_init)
         self.dropout = Dropout(self.dropout_rate)
 
     def __call__(

@@ -6,6 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxnets.ops.partition import constrain
+from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
 
@@ -70,4 +71,4 @@ class Embedding(nn.Module):
     def attend(self, x: Array) -> Array:
         """Products with every row, `[..., D]` to `[..., V]`."""
         dtype = self.dtype or jnp.result_type(x, self.embedding)
-        return jnp.einsum("...D,VD->...V", x.astype(dtype), self.embedding.astype(dtype))
+        return product(x.astype(dtype), self.embedding.astype(dtype).T)

@@ -63,7 +63,7 @@ class _Direction(nn.Module):
             ones, train=train, rows=rows
         )
         x_TBD = x.swapaxes(0, 1)  # first: XLA's product that changes the order takes twice as long
-        gates = jnp.einsum("TBD,DG->TBG", x_TBD, kernel.astype(dtype)) + bias.astype(dtype)[None, None]
+        gates = ops.product(x_TBD, kernel.astype(dtype)) + bias.astype(dtype)[None, None]
         options = {
             "mask": None if mask is None else mask.T,
             "keep": None if keep is ones else keep,

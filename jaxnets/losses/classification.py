@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
 
@@ -90,7 +91,7 @@ def chunked_cross_entropy(
 
     @jax.checkpoint
     def part(hidden: Array, table: Array, labels: Array) -> Array:
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden, table.astype(hidden.dtype))
+        logits_BTV = product(hidden, table.astype(hidden.dtype).T)
         return softmax_cross_entropy(logits_BTV, labels, label_smoothing=label_smoothing)
 
     losses = jax.lax.map(lambda x: part(x[0], table, x[1]), (cut(hidden), cut(labels)))

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import ops
-from jaxnets.layers import GRU, Dropout, Embedding
+from jaxnets.layers import GRU, Dropout, Embedding, Linear
 from jaxnets.typing import Array
 
 _glorot = nn.initializers.glorot_uniform()
@@ -40,8 +40,8 @@ class AdditiveAttention(nn.Module):
 
     def setup(self) -> None:
         """Make the parts."""
-        self.query = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, kernel_init=_glorot)
-        self.key = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_glorot)
+        self.query = Linear((self.hidden,), use_bias=False, dtype=self.dtype, kernel_init=_glorot)
+        self.key = Linear((self.hidden,), dtype=self.dtype, kernel_init=_glorot)
         self.score = nn.Dense(1, use_bias=False, dtype=self.dtype, kernel_init=_glorot)
 
     def keys(self, memory_BSD: Array) -> Array:
@@ -114,7 +114,7 @@ class AttentionRNN(nn.Module):
         )
         self.bias = self.param("bias", init.zeros, (3 * size,), jnp.float32)
         self.recurrent_bias = self.param("recurrent_bias", init.zeros, (size,), jnp.float32)
-        self.readout = nn.Dense(width, dtype=dtype, kernel_init=_glorot)
+        self.readout = Linear((width,), dtype=dtype, kernel_init=_glorot)
         self.source_dropout = Dropout(self.dropout_rate)
         self.target_dropout = Dropout(self.dropout_rate)
         self.memory_dropout = Dropout(self.dropout_rate)
@@ -196,10 +196,7 @@ class AttentionRNN(nn.Module):
 
     def _gates(self, x_BTD: Array) -> Array:
         dtype = x_BTD.dtype
-        return (
-            jnp.einsum("BTD,DG->BTG", x_BTD, self.kernel.astype(dtype))
-            + self.bias.astype(dtype)[None, None]
-        )
+        return ops.product(x_BTD, self.kernel.astype(dtype)) + self.bias.astype(dtype)[None, None]
 
     def _step(
         self, state_BWH: Array, gates_BWG: Array, key_BSA: Array, memory_BSD: Array, mask: Array | None
@@ -207,7 +204,7 @@ class AttentionRNN(nn.Module):
         """The states of W sequences after one more token, and what each looked at before it."""
         seen_BWD, weights_BWS = self.cross_attention(state_BWH, key_BSA, memory_BSD, mask)
         dtype = gates_BWG.dtype
-        gates_BWG = gates_BWG + jnp.einsum("BWD,DG->BWG", seen_BWD, self.context_kernel.astype(dtype))
+        gates_BWG = gates_BWG + ops.product(seen_BWD, self.context_kernel.astype(dtype))
         flat = [x.reshape(-1, x.shape[-1]) for x in (gates_BWG, state_BWH)]
         _, new = ops.gru(
             flat[0][None],
@@ -222,9 +219,7 @@ class AttentionRNN(nn.Module):
     ) -> Array:
         y_BTD = jnp.tanh(self.readout(jnp.concatenate([x_BTD, state_BTH, seen_BTD], axis=2)))
         y_BTD = self.readout_dropout(y_BTD, train=train, rows=rows)
-        # Of one axis of places: with two XLA's product on a CPU takes twice as long.
-        logits_PV = self.embedding.attend(y_BTD.reshape(-1, self.width))
-        return logits_PV.reshape(*y_BTD.shape[:2], -1)
+        return self.embedding.attend(y_BTD)
 
 
 def sharding_rules() -> tuple[tuple[str, P], ...]:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import errors
-from jaxnets.layers import Dropout, Embedding, KeyValues, LayerNorm, SelfAttention, constrain
+from jaxnets.layers import Dropout, Embedding, KeyValues, LayerNorm, Linear, SelfAttention, constrain
 from jaxnets.ops import gelu
 from jaxnets.typing import Array, Params
 
@@ -61,11 +61,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
-        h_BTF = dense(self.hidden, kernel_init=_init, name="up")(x_BTD)
+        linear = partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
+        h_BTF = linear((self.hidden,), kernel_init=_init, name="up")(x_BTD)
         h_BTF = jax.nn.gelu(h_BTF, approximate=True) if self.use_tanh else gelu(h_BTF)
         h_BTF = constrain(h_BTF, "batch", None, "hidden")
-        return dense(x_BTD.shape[2], kernel_init=self.out_init, name="down")(h_BTF)
+        return linear((x_BTD.shape[2],), kernel_init=self.out_init, name="down")(h_BTF)
 
 
 class Block(nn.Module):
@@ -250,8 +250,8 @@ class GPT(nn.Module):
         elif self.tie_embeddings:
             out = embed.attend(x_BTD)
         else:
-            head = nn.Dense(
-                self.vocabulary_size, use_bias=False, dtype=self.dtype, kernel_init=_init, name="head"
+            head = Linear(
+                (self.vocabulary_size,), use_bias=False, dtype=self.dtype, kernel_init=_init, name="head"
             )
             out = head(x_BTD)
         if not self.returns_hidden:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import errors
-from jaxnets.layers import Dropout, Embedding, constrain
+from jaxnets.layers import Dropout, Embedding, Linear, constrain
 from jaxnets.models.transformer_stack import Decoder, Encoder, LayerFields
 from jaxnets.typing import Array
 
@@ -88,8 +88,8 @@ class Transformer(nn.Module):
         self.source_dropout = Dropout(self.dropout_rate)
         self.target_dropout = Dropout(self.dropout_rate)
         if not self.tie_embeddings:
-            self.head = nn.Dense(
-                self.vocabulary_size, use_bias=False, dtype=self.dtype, kernel_init=_glorot
+            self.head = Linear(
+                (self.vocabulary_size,), use_bias=False, dtype=self.dtype, kernel_init=_glorot
             )
 
     def __call__(
@@ -204,10 +204,7 @@ class Transformer(nn.Module):
         return table[index].astype(self.dtype or self.embedding.embedding.dtype)
 
     def _logits(self, x_BTD: Array) -> Array:
-        # Of one axis of places: with two XLA's product on a CPU takes twice as long.
-        x_PD = x_BTD.reshape(-1, self.width)
-        logits_PV = self.embedding.attend(x_PD) if self.tie_embeddings else self.head(x_PD)
-        logits_BTV = logits_PV.reshape(*x_BTD.shape[:2], -1)
+        logits_BTV = self.embedding.attend(x_BTD) if self.tie_embeddings else self.head(x_BTD)
         return constrain(logits_BTV, "batch", None, "vocabulary")
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxnets import errors, ops
-from jaxnets.layers import Dropout, LayerNorm, MultiHeadAttention, constrain
+from jaxnets.layers import Dropout, LayerNorm, Linear, MultiHeadAttention, constrain
 from jaxnets.typing import Array
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -82,8 +82,8 @@ class FeedForward(nn.Module):
         fields = self.fields
         if fields.activation not in ACTIVATIONS:
             raise errors.unknown("activation", fields.activation, ACTIVATIONS)
-        self.up = nn.Dense(fields.hidden, dtype=fields.dtype, kernel_init=_glorot)
-        self.down = nn.Dense(fields.width, dtype=fields.dtype, kernel_init=_glorot)
+        self.up = Linear((fields.hidden,), dtype=fields.dtype, kernel_init=_glorot)
+        self.down = Linear((fields.width,), dtype=fields.dtype, kernel_init=_glorot)
         self.dropout = Dropout(fields.dropout_rate)
 
     def __call__(self, x_BTD: Array, *, train: bool = False, rows: Array | None = None) -> Array:

@@ -138,7 +138,7 @@ def _lstm_backward(reverse, kept, grads):
     fed_TBH = _before(h, h_TBH, reverse)
     if keep is not None:
         fed_TBH = fed_TBH * keep[None]
-    dkernel = jnp.einsum("TBH,TBG->HG", fed_TBH, dgates_TBG)
+    dkernel = fed_TBH.reshape(-1, size).T @ dgates_TBG.reshape(-1, 4 * size)
     none = None if keep is None else jnp.zeros_like(keep)
     return dgates_TBG, dkernel.astype(kernel.dtype), dh, dc, None, none
 
@@ -233,7 +233,7 @@ def _gru_backward(reverse, kept, grads):
     size = h.shape[1]
     du_TBG = parts_TBG[..., : 3 * size]
     fed_TBH = before_TBH if keep is None else before_TBH * keep[None]
-    dkernel = jnp.einsum("TBH,TBG->HG", fed_TBH, du_TBG)
+    dkernel = fed_TBH.reshape(-1, size).T @ du_TBG.reshape(-1, 3 * size)
     dbias = jnp.sum(du_TBG[..., 2 * size :], axis=(0, 1))
     dgates_TBG = jnp.concatenate([du_TBG[..., : 2 * size], parts_TBG[..., 3 * size :]], axis=2)
     none = None if keep is None else jnp.zeros_like(keep)

@@ -258,7 +258,7 @@ def test_remat_computes_the_same_and_keeps_less(x64):
         kept[remat] = {leaf.shape for leaf in jax.tree.leaves(residuals)}
         if remat != "none":
             assert_close(compiled(**fields)(params, batch), expected, 1e-12)
-    weights, hidden = (B, TINY["num_heads"], T, T), (B, T, 4 * TINY["width"])
+    weights, hidden = (B, TINY["num_heads"], T, T), (B * T, 4 * TINY["width"])
     assert {weights, hidden} <= kept["none"]
     assert weights not in kept["dots"] | kept["full"]
     assert hidden in kept["dots"] - kept["full"]
