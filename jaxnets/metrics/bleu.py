@@ -46,7 +46,7 @@ class BLEU:
         Example:
             >>> count = BLEU.of(["the cat sat on the mat ."], ["the cat is on the mat ."])
             >>> round((count + BLEU.of(["a dog ."], ["a dog ."])).compute(), 2)
-            57.84
+            53.9
         """
         if len(hypotheses) != len(references):
             raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
