@@ -3,7 +3,10 @@
     python -m experiments.imdb_sentiment train --preset tutorial
     python -m experiments.imdb_sentiment predict "this movie is terrible" --preset tutorial
 
-Without a preset it learns from made reviews, which need no download.
+On the official 25,000 test reviews, seed 0, two cores of an AMD EPYC: `tutorial`, the LSTM of Keras's
+tutorial, 85.4 % after 391 s of training and about 80 s of preparation; `better`, naive Bayes with learnt
+weights on runs of one to three words, 92.0 % after 137 s, of which 8 s training. Without a preset it
+learns from made reviews, which need no download. docs/sentiment.md says more.
 """
 
 import csv
