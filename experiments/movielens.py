@@ -9,8 +9,8 @@ ml-latest-small (100,836 ratings, 610 users, 9,724 films; 1 MB to download), `--
 `--dataset ml-1m` the others.
 
 Ratings are judged by RMSE and MAE on one of five test sets (`--fold`); `crossvalidate` trains on all
-five. `--preset five-fold` reaches a five-fold RMSE of 0.8486 and a MAE of 0.6501 on random folds, in 56 s
-on two cores of an AMD EPYC, of which 16 s training.
+five. `--preset five-fold` reaches a five-fold RMSE of 0.8486 and a MAE of 0.6501 on random folds, in
+56 s on two cores of an AMD EPYC, of which 16 s training.
 
 Implicit feedback, where all that counts is who has rated what, is judged by leave-one-out: each user's
 latest film is held out, and its rank counts among 99 sampled films that the user never rated
