@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import io
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets import cli, errors, losses, metrics, models, registry, train
-from jaxnets.commands import Command, SavedRun
+from jaxnets.commands import Command, SavedRun, read_texts, write_output
 from jaxnets.config import RunOptions
 from jaxnets.data import Lengths, texts
 from jaxnets.data import vocabulary as vocab
 from jaxnets.recipe import Recipe, count_positions
-from jaxnets.train.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     words = vocab.Words.of_texts(reviews.train, config.vocabulary_size)
     encoded = words.encode(reviews.train)
     reader = Reader(words, learn_ngrams(config, encoded, len(words)), config.max_length)
-    train_tokens, train_lengths = reader.rows(encoded)
+    train_tokens, train_lengths = reader.rows(reader.features(encoded))
     test_tokens, test_lengths = reader.read(reviews.test)
     num_classes = len(reviews.class_names)
     init_fn, apply_fn = make_model(config, len(reader), num_classes)
@@ -172,6 +172,11 @@ class Reader:
         return cls(words, runs, run.config.max_length)
 
     @property
+    def unit(self) -> str:
+        """What a text consists of."""
+        return "words" if self.ngrams is None else "runs of words"
+
+    @property
     def num_special(self) -> int:
         """Numbers that stand for no word: padding, and in a row of words also unknown ones."""
         return 2 if self.ngrams is None else 1
@@ -181,13 +186,16 @@ class Reader:
 
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens `[N, max_length]` and lengths `[N]`."""
-        return self.rows(self.words.encode(texts))
+        return self.rows(self.features(self.words.encode(texts)))
 
-    def rows(self, encoded: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The same of texts whose words are numbers already."""
-        if self.ngrams is None:
-            return vocab.pad(encoded, self.max_length, keep="last")
-        return vocab.pad(self.ngrams.encode(encoded), self.max_length, keep="first")
+    def features(self, encoded: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """All of each text, whose words are numbers already."""
+        return list(encoded) if self.ngrams is None else self.ngrams.encode(encoded)
+
+    def rows(self, features: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """As many of them as count, and how many these are."""
+        keep = "last" if self.ngrams is None else "first"
+        return vocab.pad(features, self.max_length, keep=keep)
 
     def to_assets(self) -> dict[str, bytes]:
         """What `of_run` reads."""
@@ -214,6 +222,9 @@ def make_model(config: Config, vocabulary_size: int, num_classes: int):
     return models.functional(model, jax.ShapeDtypeStruct((1, config.max_length), jnp.int32))
 
 
+_TOGETHER = 256  # texts that are classified at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class Predict:
     input: Path | None = None  # A text file with a review on each line, in place of words.
@@ -222,30 +233,42 @@ class Predict:
 
 def predict(run: SavedRun, words: Sequence[str], flags: Predict) -> None:
     """Say of each text what class it is of, and how sure that is."""
-    given = texts.read_lines(flags.input) if flags.input else list(words)
-    if not given or any(not text.strip() for text in given):
-        raise errors.ConfigError('there is no text: predict "this movie is terrible", or --input FILE')
+    given, places = read_texts(words, flags.input, example='predict "this movie is terrible"')
     names = run.asset("classes.txt").decode().split("\n")
     reader = Reader.of_run(run)
-    tokens_NT, lengths = reader.read(given)
+    features = reader.features(reader.words.encode(given))
+    for place, row in zip(places, features, strict=True):
+        if not np.any(row >= reader.num_special):
+            print(f"warning: {place} has no word that is known", file=sys.stderr)
+        if len(row) > reader.max_length:
+            what = f"{len(row):,} {reader.unit}, of which {reader.max_length:,} count"
+            print(f"warning: {place} has {what}", file=sys.stderr)
     _, apply_fn = make_model(run.config, len(reader), len(names))
     _, params, model_state = run.model
-    mask_NT = np.arange(tokens_NT.shape[1])[None] < lengths[:, None]
-    logits_NV = apply_fn(params, model_state, jnp.asarray(tokens_NT), train=False, mask=mask_NT)[0]
-    probability_NV = np.asarray(jax.nn.softmax(logits_NV))
+
+    @jax.jit
+    def classify(tokens_NT, lengths):
+        mask_NT = jnp.arange(tokens_NT.shape[1])[None] < lengths[:, None]
+        logits_NV, _ = apply_fn(params, model_state, tokens_NT, train=False, mask=mask_NT)
+        return jax.nn.softmax(logits_NV)
+
     rows = []
-    for text, tokens, row in zip(given, tokens_NT, probability_NV, strict=True):
-        if not np.any(tokens >= reader.num_special):
-            print(f"warning: no word of {text[:40]!r} is known", file=sys.stderr)
-        best = int(row.argmax())
-        rows.append((names[best], f"{row[best]:.4f}", text))
+    size = min(len(given), _TOGETHER)
+    for first in range(0, len(given), size):
+        part = features[first : first + size]
+        filled = part + [part[0]] * (size - len(part))  # so that all parts share one program
+        for text, row in zip(given[first:], np.asarray(classify(*reader.rows(filled))), strict=False):
+            best = int(row.argmax())
+            rows.append((names[best], f"{row[best]:.4f}", text))
+    rows = rows[: len(given)]
     if flags.output is None:
         for name, probability, text in rows:
-            print(f"{name}  {probability}  {text}")
+            print(f"{name}  {probability}  {textwrap.shorten(text, 80, placeholder=' ...')}")
         return
     content = io.StringIO(newline="")
-    csv.writer(content).writerows([("class", "probability", "text"), *rows])
-    write_atomically(flags.output, content.getvalue())
+    head = ("class", "probability", "text")
+    csv.writer(content, lineterminator="\n").writerows([head, *rows])
+    write_output(flags.output, content.getvalue(), f"{len(rows):,} predictions")
 
 
 TUTORIAL = Config(dataset="imdb")

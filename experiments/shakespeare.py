@@ -219,6 +219,8 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise errors.ConfigError(f"{name} must be at least 1, not {value}")
+    if config.context < 2:
+        raise errors.ConfigError(f"context is {config.context}; a text is gone on with from two tokens")
     if config.width % config.num_heads:
         raise errors.ConfigError(
             f"a width of {config.width} doesn't split into {config.num_heads} heads"

@@ -35,7 +35,11 @@ from jaxnets.train import (
 from jaxnets.train.verdict import by_first, together
 
 _LONG_S = 3600.0  # for what one process may do while the others wait
-COMMANDS = ("train", "eval", "duel")
+COMMANDS = {
+    "train": "train, or go on with the run in the run folder",
+    "eval": "evaluate a checkpoint of a run",
+    "duel": "compare with PyTorch: the same numbers, then the speed of both",
+}
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
 
 
@@ -98,6 +102,9 @@ def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # what was printed is no longer wanted, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a disk that is full, a folder that went away
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,11 +123,7 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(
             f"usage: {prog} {{{','.join(commands)}}} [FLAGS]\n\n{experiment.about}\n\n"
-            "train  train, or go on with the run in the run folder\n"
-            "eval   evaluate a checkpoint of a run\n"
-            "duel   compare with PyTorch: the same numbers, then the speed of both\n"
-            f"{''.join(f'{n:<6} {c.about}' + chr(10) for n, c in experiment.commands.items())}\n"
-            f"{prog} train --help lists the flags."
+            f"{_listing(experiment)}\n{prog} COMMAND --help lists the flags."
         )
         return 0
     if not argv or argv[0].startswith("-"):
@@ -256,6 +259,13 @@ def _train(
         python = os.path.relpath(sys.executable) if os.sep in sys.executable else sys.executable
         print(experiment.closing.format(python=min(python, sys.executable, key=len)))
     return 0
+
+
+def _listing(experiment: Experiment) -> str:
+    """The commands and what they do."""
+    about = COMMANDS | {name: command.about for name, command in experiment.commands.items()}
+    width = max(map(len, about))
+    return "".join(f"{name:<{width}}  {line}\n" for name, line in about.items())
 
 
 def _prepared(

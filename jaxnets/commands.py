@@ -11,7 +11,9 @@ import tyro
 from jaxnets import config, errors, registry, resume, startup
 from jaxnets.allocator import keep_freed_memory
 from jaxnets.config import Folder
+from jaxnets.data.lines import read_lines
 from jaxnets.train import checkpoint, run_folder
+from jaxnets.train.files import write_atomically
 from jaxnets.typing import Params, PyTree
 
 
@@ -102,15 +104,89 @@ def run_command(
         UserError: if a flag is unknown, the folder isn't that of such a run, or the command says so.
     """
     preset, argv = config.preset_of(argv, presets)
+    named = f" --preset {preset}" if preset else ""
     words, flags, options = config.parse_command(
         argv, command.flags, SavedOptions(), words=command.words, prog=prog, about=command.about
     )
+    for i, word in enumerate(words, 1):
+        _check_encoding(word, f"text {i}")
+    if (output := getattr(flags, "output", None)) is not None:
+        check_output(output)  # before minutes of work, and not behind them
     for file in options.plugin:
         registry.load_file(file)
     keep_freed_memory()
     startup.limit_threads(options.threads)
     folder = options.run_dir or Path("runs") / (f"{experiment}-{preset}" if preset else experiment)
+    if options.run_dir is None and not folder.exists():
+        program = prog.rsplit(" ", 1)[0]
+        raise errors.ConfigError(
+            f"there is no run in {folder} yet: first {program} train{named}, or name one by --run-dir"
+        )
     stored = run_folder.read_config(folder)
     if stored["experiment"] != experiment:
         raise errors.ConfigError(f"{folder} holds a run of {stored['experiment']}, not of {experiment}")
     command.run(SavedRun(folder, config.from_json(config_type, stored["config"]), options), words, flags)
+
+
+def read_texts(words: Sequence[str], path: Path | None, *, example: str) -> tuple[list[str], list[str]]:
+    """The texts that a command is asked about.
+
+    Args:
+        words: from the command line.
+        path: a file with a text on each line, in their place.
+        example: of the command, for the message.
+
+    Returns:
+        the texts, and what each is called in messages.
+
+    Raises:
+        ConfigError: if there are both words and a file, or neither.
+        DataError: if the file can't be read, or a text is empty.
+    """
+    if bool(words) == (path is not None):
+        raise errors.ConfigError(f"give either texts, as {example}, or --input FILE")
+    texts = list(words) if path is None else read_lines(path)
+    places = [f"text {i}" if path is None else f"{path}, line {i:,}" for i in range(1, len(texts) + 1)]
+    if not texts:
+        raise errors.DataError(f"{path} is empty")
+    for text, place in zip(texts, places, strict=True):
+        if not text.strip():
+            raise errors.DataError(f"{place} is empty")
+    return texts, places
+
+
+def check_output(path: Path) -> None:
+    """Make sure that a file can be written there.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if path.is_dir():
+        raise errors.ConfigError(f"{path} is a folder, not a file to write to")
+    if not path.parent.is_dir():
+        raise errors.ConfigError(f"{path} can't be written: there is no folder {path.parent}")
+
+
+def write_output(path: Path, content: str, what: str) -> None:
+    """Write what a command has found, all of it or nothing, and say where.
+
+    Args:
+        path: of the file.
+        content: of it.
+        what: is in it, such as "12 translations".
+
+    Raises:
+        ConfigError: if it can't be written.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise errors.ConfigError(f"{path} can't be written: {error.strerror or error}") from None
+    print(f"{what} in {path}")
+
+
+def _check_encoding(word: str, place: str) -> None:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # bytes of the command line that no encoding knows
+        raise errors.DataError(f"{place} on the command line is not UTF-8") from None

@@ -1,6 +1,5 @@
 """What a trained recommender is asked: films for a user, and the ratings of pairs."""
 
-import csv
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
@@ -14,9 +13,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxnets import errors
-from jaxnets.commands import Command, SavedRun
+from jaxnets.commands import Command, SavedRun, read_texts, write_output
 from jaxnets.data import ratings
-from jaxnets.train.files import write_atomically
 
 CATALOGUE = "catalogue.npz"
 """The name of the catalogue among a run's assets."""
@@ -64,7 +62,7 @@ class Catalogue:
         """All of it, in NumPy's format."""
         content = io.BytesIO()
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in _FIELDS}
-        np.savez_compressed(content, allow_pickle=False, **arrays)
+        np.savez(content, allow_pickle=False, **arrays)
         return content.getvalue()
 
 
@@ -84,7 +82,7 @@ class PredictFlags:
     """Pairs in a file instead of words, and a file instead of lines."""
 
     input: Path | None = None  # A file with a line "userId,movieId" for each.
-    output: Path | None = None  # A file to write "userId,movieId,prediction" to, instead of printing.
+    output: Path | None = None  # A file for "userId,movieId,stars" (or score), in place of the terminal.
 
 
 def make_commands(make_model: Callable[[Any, Catalogue], nn.Module]) -> dict[str, Command]:
@@ -101,7 +99,7 @@ def make_commands(make_model: Callable[[Any, Catalogue], nn.Module]) -> dict[str
             flags=RecommendFlags(),
         ),
         "predict": Command(
-            "the rating of films by users: predict USER:MOVIE ...",
+            "what users think of films: predict USER:MOVIE ...",
             partial(_predict, make_model),
             flags=PredictFlags(),
             words="USER:MOVIE",
@@ -123,48 +121,50 @@ def _recommend(make_model, saved: SavedRun, words: Sequence[str], flags: Recomme
     best, items = jax.lax.top_k(
         jnp.where(is_seen_I, -jnp.inf, scores_I.astype(jnp.float32)), flags.count
     )
-    what = "stars" if saved.config.loss == "squared_error" else "score"
+    what = _unit(saved)
     print(f"for user {flags.user}, who has rated {int(is_seen_I.sum())} films in training:")
     for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
         if np.isfinite(score):
+            score = min(max(score, 0.5), 5) if what == "stars" else score
             print(f"{rank:>3}  {what} {score:5.2f}  {known.titles[item]}")
 
 
 def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFlags) -> None:
-    asked = [(f"{word!r}", word.split(":")) for word in words]
+    texts, places = read_texts(words, flags.input, example="predict 42:318, by the ids in the data,")
+    mark = ":" if flags.input is None else ","
+    asked = [(place, text.split(mark)) for place, text in zip(places, texts, strict=True)]
     if flags.input is not None:
-        try:
-            lines = flags.input.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise errors.DataError(f"{flags.input}: can't be read: {errors.first_line(error)}") from None
-        for number, cells in enumerate(csv.reader(lines), start=1):
-            if cells and not (number == 1 and cells[:2] == ["userId", "movieId"]):
-                asked.append((f"{flags.input}: line {number}", cells[:2]))
+        head = [cell.strip() for cell in asked[0][1][:2]] == ["userId", "movieId"]
+        asked = [(place, cells[:2]) for place, cells in asked[head:]]
     if not asked:
-        raise errors.ConfigError("predict what? USER:MOVIE, by the ids in the data, or --input PATH")
+        raise errors.DataError(f"{flags.input} has no line behind its head")
     known, model, params = _restored(make_model, saved)
     pairs = []
     for where, cells in asked:
         if len(cells) != 2:
-            raise errors.ConfigError(f"{where} is no pair of a user and a movie")
+            raise errors.ConfigError(f"{where} is no pair of a user and a movie, as 42{mark}318")
         try:
             user = ratings.number_of(known.user_ids, cells[0], "user")
             pairs.append((user, ratings.number_of(known.item_ids, cells[1], "movie")))
         except errors.ConfigError as error:
             raise errors.ConfigError(f"{where}: {error}") from None
     scores = np.asarray(model.apply({"params": params}, jnp.array(pairs)), np.float32)
-    if saved.config.loss == "squared_error":
+    what = _unit(saved)
+    if what == "stars":
         scores = np.clip(scores, 0.5, 5)
     ids = [(known.user_ids[u], known.item_ids[i]) for u, i in pairs]
     if flags.output is not None:
         rows = [f"{u},{i},{score:.4f}" for (u, i), score in zip(ids, scores.tolist(), strict=True)]
-        try:
-            write_atomically(flags.output, "\n".join(["userId,movieId,prediction", *rows]) + "\n")
-        except OSError as error:
-            raise errors.ConfigError(f"{flags.output}: can't be written: {error.strerror}") from None
+        content = "\n".join([f"userId,movieId,{what}", *rows]) + "\n"
+        write_output(flags.output, content, f"{len(rows):,} predictions")
         return
     for (u, i), score, (_, item) in zip(ids, scores.tolist(), pairs, strict=True):
-        print(f"user {u}, movie {i}: {score:.2f}  {known.titles[item]}")
+        print(f"user {u}, movie {i}: {what} {score:.2f}  {known.titles[item]}")
+
+
+def _unit(saved: SavedRun) -> str:
+    """What a model says of a film: stars, or a score that only orders films."""
+    return "stars" if saved.config.loss == "squared_error" else "score"
 
 
 def _restored(make_model, saved: SavedRun) -> tuple[Catalogue, Any, Any]:

@@ -15,9 +15,9 @@ import numpy as np
 from flax import linen as nn
 
 from jaxnets import errors
-from jaxnets.commands import Command, SavedRun
+from jaxnets.commands import Command, SavedRun, check_output, read_texts, write_output
 from jaxnets.data.buckets import bucket_of
-from jaxnets.data.parallel import PARTS, load_parallel, read_sentences
+from jaxnets.data.parallel import PARTS, load_parallel
 from jaxnets.data.subwords import BEGIN, END, Subwords, padded
 from jaxnets.metrics import BLEU
 from jaxnets.models.beam_search import beam_search
@@ -64,7 +64,13 @@ class Translator:
             )
 
     def translate(self, texts: Sequence[str], *, place: str = "text") -> list[str]:
-        """The best hypothesis for each text.
+        """The best hypothesis for each text, in one line; arguments are those of `search`."""
+        # An untrained model may say any byte, the end of a line too.
+        found = self.search(texts, place=place)
+        return [" ".join(self.subwords.decode(row).split()) for row in found]
+
+    def search(self, texts: Sequence[str], *, place: str = "text") -> list[list[int]]:
+        """The tokens of the best hypothesis for each text, up to the one that ends it.
 
         Args:
             texts: M sentences.
@@ -78,23 +84,26 @@ class Translator:
             for i, text in enumerate(texts, 1)
         ]
         by_length = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        found = [""] * len(texts)
+        found: list[list[int]] = [[]] * len(texts)
         for begin in range(0, len(texts), _ROWS):
             rows = by_length[begin : begin + _ROWS]
             best = self._search([tokens[i] for i in rows], fill=len(texts) > _ROWS)
             for i, row in zip(rows, best, strict=True):
-                # One line: an untrained model may say any byte, the end of a line too.
-                found[i] = " ".join(self.subwords.decode(row).split())
+                said = row.tolist()
+                found[i] = said[: said.index(END) + 1] if END in said else said
         return found
 
-    def alignment(self, text: str, hypothesis: str) -> tuple[np.ndarray, list[str], list[str]]:
+    def alignment(self, text: str, said: Sequence[int]) -> tuple[np.ndarray, list[str], list[str]]:
         """What each token of a hypothesis looks at, as the mean over layers and heads.
+
+        Args:
+            text: what was translated.
+            said: the tokens of the hypothesis, at least one.
 
         Returns:
             weights `[T, S]`, and the text of the S tokens of the source and the T of the hypothesis.
         """
         source = self._encode(text, "text")
-        said = self.subwords.encode(hypothesis) if hypothesis else [END]
         inputs = {"source": jnp.array([source]), "target": jnp.array([[BEGIN, *said[:-1]]])}
         _, noted = self.model.apply({"params": self.params}, inputs, mutable=["intermediates"])
         weights = [
@@ -158,7 +167,7 @@ def best_hypotheses(
         tokens `[B, T]`.
     """
     batch, width = source.shape
-    longest = width * 3 // 2 + 8
+    longest = min(width * 3 // 2 + 8, getattr(model, "max_length", width * 3 // 2 + 8))
     mask = jnp.arange(width)[None] < lengths[:, None]
     variables = {"params": params}
     memory, cache = model.apply(
@@ -177,7 +186,7 @@ def best_hypotheses(
         begin=BEGIN,
         end=END,
         length_penalty=length_penalty,
-        limits=lengths * 3 // 2 + 8,
+        limits=jnp.minimum(lengths * 3 // 2 + 8, longest),
     )
     return tokens[:, 0]
 
@@ -228,7 +237,8 @@ def open_translator(make_model: Callable[[Any, int], nn.Module], run: SavedRun, 
     """
     if search["num_beams"] < 1 or not search["length_penalty"] >= 0:
         raise errors.ConfigError(
-            f"a search has at least 1 beam and a length penalty of at least 0, not {search}"
+            "a search has at least 1 beam and a length penalty of at least 0, not "
+            f"--num-beams {search['num_beams']} --length-penalty {search['length_penalty']}"
         )
     subwords = Subwords(run.asset(SUBWORDS))
     _, params, _ = run.model
@@ -237,33 +247,26 @@ def open_translator(make_model: Callable[[Any, int], nn.Module], run: SavedRun, 
 
 
 def _translate(make_model, run: SavedRun, words: Sequence[str], flags: TranslateFlags) -> None:
-    if bool(words) == (flags.input is not None):
-        raise errors.ConfigError('give either texts, as translate "Ein Hund schläft.", or --input FILE')
+    texts, _ = read_texts(words, flags.input, example='translate "Ein Hund schläft."')
+    place = "text" if flags.input is None else str(flags.input)
+    if flags.picture is not None:
+        check_output(flags.picture)
     search = {"num_beams": flags.num_beams, "length_penalty": flags.length_penalty}
-    if flags.input is None:
-        texts, place = [_checked(word) for word in words], "text"
-    else:
-        texts, place = read_sentences(flags.input), str(flags.input)
     translator = open_translator(make_model, run, **search)
-    found = translator.translate(texts, place=place)
-    lines = "".join(f"{line}\n" for line in found)
+    found = translator.search(texts, place=place)
+    lines = "".join(f"{' '.join(translator.subwords.decode(row).split())}\n" for row in found)
     if flags.output is None:
         sys.stdout.write(lines)
     else:
-        write_atomically(flags.output, lines)
-        print(f"{len(found):,} translations are in {flags.output}")
+        write_output(flags.output, lines, f"{len(found):,} translations")
     if flags.input is None or flags.picture is not None:
         path = flags.picture or run.folder / "attention.png"
-        draw_alignment(*translator.alignment(texts[0], found[0]), path)
-        print(f"what the first looks at: {path}", file=sys.stderr)
-
-
-def _checked(word: str) -> str:
-    try:
-        word.encode()
-    except UnicodeEncodeError:  # bytes of the command line that no encoding knows
-        raise errors.DataError("a text on the command line is not UTF-8") from None
-    return word
+        picture = draw_alignment(*translator.alignment(texts[0], found[0]))
+        try:
+            write_atomically(path, picture)
+            print(f"what the first looks at: {path}", file=sys.stderr)
+        except OSError as error:  # the translation was printed all the same
+            print(f"warning: {path} can't be written: {error.strerror or error}", file=sys.stderr)
 
 
 def _score(make_model, run: SavedRun, words: Sequence[str], flags: ScoreFlags) -> None:

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets import data, errors, losses, models
-from jaxnets.commands import SavedRun
-from jaxnets.data.text_file import decode_text
+from jaxnets.commands import SavedRun, read_texts, write_output
 from jaxnets.models.gpt import GPT
-from jaxnets.train.files import write_atomically
 from jaxnets.typing import Params
 
 VOCABULARY = "vocabulary.json"
@@ -44,7 +42,7 @@ class Generate:
 class Predict:
     """Which texts to judge, and where to write what."""
 
-    input: Path | None = None  # A file of texts, one in each line, beside those of the command line.
+    input: Path | None = None  # A file with a text on each line, in place of words.
     output: Path | None = None  # A file for the results, one JSON object in each line.
 
 
@@ -95,6 +93,11 @@ class Writer:
         except errors.DataError as error:
             raise errors.DataError(f"{place}: {error}") from None
 
+    def beginning(self) -> str:
+        """What a text begins behind where nothing is given: a line's end, a blank, or any character."""
+        known = [data.decode(self.tokenizer, [i]) for i in range(self.tokenizer.size)]
+        return next((text for text in ("\n", " ") if text in known), next(filter(None, known)))
+
     def prompts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts `[B, P]` from the left, and their lengths `[B]`.
 
@@ -137,9 +140,10 @@ class Writer:
 
         @jax.jit
         def run(params: Params, prompts: jax.Array, lengths: jax.Array, key: jax.Array):
-            return models.generate(
-                self.model, params, prompts, lengths, num_tokens, key=key, sampling=sampling
-            )
+            # All draw as the first row does, so that each is written as it would be alone.
+            rows = jnp.zeros(len(texts), jnp.int32)
+            how: Any = {"key": key, "sampling": sampling, "rows": rows}
+            return models.generate(self.model, params, prompts, lengths, num_tokens, **how)
 
         tokens, _ = run(self.params, prompts, lengths, jax.random.key(seed))
         return [data.decode(self.tokenizer, row) for row in np.asarray(tokens)]
@@ -217,7 +221,7 @@ def make_generate(make_model: MakeModel) -> Callable[[SavedRun, Sequence[str], G
             raise errors.ConfigError(f"num_tokens is {flags.num_tokens}; it must be at least 1")
         writer = Writer.of_run(saved, make_model)
         options = {"seed": flags.seed, "sampling": sampling}
-        prompts = [_unescaped(word) for word in words] or ["\n"]
+        prompts = [_unescaped(word) for word in words] or [writer.beginning()]
         if len(prompts) == 1:
             pieces = writer.stream(prompts[0], flags.num_tokens, **options)
             print(prompts[0], end="", flush=True)
@@ -240,16 +244,14 @@ def make_predict(make_model: MakeModel) -> Callable[[SavedRun, Sequence[str], Pr
     """
 
     def run(saved: SavedRun, words: Sequence[str], flags: Predict) -> None:
-        texts = [(word, f"text {i}") for i, word in enumerate(words, start=1)]
-        if flags.input is not None:
-            texts += _lines(flags.input)
-        if not texts:
-            raise errors.ConfigError("which texts? give them behind the command, or a file with --input")
+        texts, places = read_texts(words, flags.input, example='predict "To be, or not"')
+        if flags.input is None:
+            texts = [_unescaped(text) for text in texts]
         writer = Writer.of_run(saved, make_model)
-        found = writer.judge(*map(list, zip(*texts, strict=True)))
+        found = writer.judge(texts, places)
         if flags.output is not None:
             lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found)
-            write_atomically(flags.output, lines)
+            write_output(flags.output, lines, f"{len(found):,} results")
             return
         for each in found:
             follows = ", ".join(f"{token!r} {share:.1%}" for token, share in each["next"])
@@ -259,16 +261,6 @@ def make_predict(make_model: MakeModel) -> Callable[[SavedRun, Sequence[str], Pr
             print(f"{each['text']}\n  {how}next {follows}")
 
     return run
-
-
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """The texts of a file and what they are called; empty lines are left out."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise errors.DataError(f"can't read {path}: {error.strerror}") from None
-    lines = decode_text(content, str(path)).split("\n")
-    return [(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _unescaped(word: str) -> str:

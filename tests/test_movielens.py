@@ -103,7 +103,7 @@ def test_predictions_from_a_file_to_a_file(trained, tmp_path, capsys):
     assert run("predict", "1:1", "--input", str(pairs), "--output", str(out), *trained) == 0
     assert capsys.readouterr().out == ""
     header, *rows = out.read_text().splitlines()
-    assert header == "userId,movieId,prediction"
+    assert header == "userId,movieId,stars"
     assert [row.split(",")[:2] for row in rows] == [["1", "1"], ["3", "7"], ["240", "300"]]
     assert all(0.5 <= float(row.split(",")[2]) <= 5 for row in rows)
 
@@ -115,13 +115,14 @@ def test_predictions_from_a_file_to_a_file(trained, tmp_path, capsys):
         (["recommend", "--user", "241"], "knows no user 241: it was trained on 240, numbered 1 to 240"),
         (["recommend", "--user", "bob"], "a user is given by the number in the data, not 'bob'"),
         (["recommend", "--user", "1", "--count", "301"], "count is 1 to 300"),
-        (["predict"], "predict what? USER:MOVIE"),
-        (["predict", "1:301"], "'1:301': the model knows no movie 301"),
-        (["predict", "1"], "'1' is no pair of a user and a movie"),
-        (["predict", "--input", "bad.csv"], "bad.csv: line 2: the model knows no user 999"),
-        (["predict", "--input", "none.csv"], "none.csv: can't be read"),
-        (["predict", "--input", "latin.csv"], "latin.csv: can't be read"),
-        (["predict", "1:1", "--output", "no/where.csv"], "no/where.csv: can't be written"),
+        (["predict"], "give either texts, as predict 42:318"),
+        (["predict", "1:1", "--input", "bad.csv"], "give either texts"),
+        (["predict", "1:301"], "text 1: the model knows no movie 301"),
+        (["predict", "1"], "text 1 is no pair of a user and a movie, as 42:318"),
+        (["predict", "--input", "bad.csv"], "bad.csv, line 2: the model knows no user 999"),
+        (["predict", "--input", "none.csv"], "none.csv can't be read"),
+        (["predict", "--input", "latin.csv"], "latin.csv, line 1: not UTF-8"),
+        (["predict", "1:1", "--output", "no/x.csv"], "no/x.csv can't be written: there is no folder no"),
     ],
 )  # fmt: skip
 def test_what_commands_refuse(trained, tmp_path, capsys, words, expected):

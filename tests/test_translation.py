@@ -55,12 +55,16 @@ def test_hypotheses_end_with_their_row(translator):
 
 
 def test_what_it_looks_at(translator):
-    weights, source, said = translator.alignment(TEXTS[0], "ein Hund")
+    hypothesis = translator.subwords.encode("ein Hund")
+    weights, source, said = translator.alignment(TEXTS[0], hypothesis)
     assert weights.shape == (len(said), len(source))
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
     assert "".join(source).strip() == f"{TEXTS[0]}</s>"
     assert "".join(said).strip() == "ein Hund</s>"
-    assert translator.alignment(TEXTS[0], "")[2] == ["</s>"]
+    assert translator.alignment(TEXTS[0], [END])[2] == ["</s>"]
+    # Bytes that are no text: encoded again they would be three times as many.
+    broken = [translator.subwords.encode("é")[0]] * 30
+    assert translator.alignment(TEXTS[0], broken)[0].shape[0] == 30
 
 
 def test_texts_that_can_not_be(translator):
@@ -140,7 +144,7 @@ def test_train_translate_and_score(run_dir, tmp_path, capsys):
     [
         (["translate"], "give either texts"),
         (["translate", "gut", "--input", "x"], "give either texts"),
-        (["translate", ""], "an empty text"),
+        (["translate", ""], "text 1 is empty"),
         (["translate", "gut \udcff"], "not UTF-8"),
         (["translate", "日" * 20], "62 tokens; this model takes at most 48"),
         (["translate", "gut", "--num-beams", "0"], "at least 1 beam"),

@@ -52,8 +52,9 @@ class ByLength:
     """`Batches` whose rows are of like length.
 
     In each stretch of so many batches the rows are sorted by length, and the batches that come of it are
-    shuffled. Batch i still follows from i alone. Of the last stretch a shuffled run may take a part; in
-    its place a run that is not shuffled, as evaluation, has a single one of all batches.
+    shuffled. Batch i still follows from i alone. Stretches end with an epoch, so that each epoch sees
+    all examples; a run that ends elsewhere takes a part of the last one. One that is not shuffled, as
+    evaluation, has a single stretch of all batches.
 
     Args:
         batches: the draws.
@@ -121,9 +122,9 @@ class ByLength:
         i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(f"batch {i} of {len(self)}")
-        number, row = divmod(i, self._stretch)
-        draws = _stretch(self.batches, _Once(self._longest), self._stretch, number)
-        draw = {name: x[row] for name, x in draws.items()}
+        first, end = self._stretch_of(i)
+        draws = _stretch(self.batches, _Once(self._longest), first, end)
+        draw = {name: x[i - first] for name, x in draws.items()}
         num_real = self.num_positions - i * self.batch_size
         if num_real < self.batch_size:
             draw["mask"] = draw["mask"] & (np.arange(self.batch_size) < num_real)
@@ -135,10 +136,24 @@ class ByLength:
         masks = {f"{name}_mask": places < size[:, None] for name, size in sizes.items()}
         return draw | masks
 
+    def _stretch_of(self, i: int) -> tuple[int, int]:
+        """The first batch of the stretch that a batch is in, and the one behind it.
+
+        Stretches end with an epoch, so that each is a pass over all examples; a batch with some of two
+        epochs is a stretch by itself.
+        """
+        if not self.batches.shuffle:
+            return 0, len(self)
+        epoch = i * self.batch_size // self.num_examples
+        first = -(-epoch * self.num_examples // self.batch_size)
+        end = (epoch + 1) * self.num_examples // self.batch_size  # of those within the epoch
+        if i >= end:
+            return i, i + 1
+        first += (i - first) // self._stretch * self._stretch
+        return first, min(first + self._stretch, end)
+
     @functools.cached_property
     def _stretch(self) -> int:
-        if not self.batches.shuffle:
-            return len(self)
         if self.stretch is not None:
             return max(1, self.stretch)
         return min(max(1, self.num_examples // (16 * self.batch_size)), _LONGEST_STRETCH)
@@ -162,20 +177,19 @@ class _Once:
 
 
 @functools.lru_cache(maxsize=8)
-def _stretch(batches: Batches, longest: _Once, size: int, number: int) -> dict[str, np.ndarray]:
+def _stretch(batches: Batches, longest: _Once, first: int, end: int) -> dict[str, np.ndarray]:
     """The draws of a stretch, `[R, B]` each."""
-    count = batches.batch_size
+    count, size = batches.batch_size, end - first
     # Whole also where the run ends within it, or a longer run's first steps would be others.
-    whole = dataclasses.replace(batches, num_positions=(number + 1) * size * count)
-    if not batches.shuffle:
-        whole = batches
-    draws = [whole[number * size + k] for k in range(size)]
+    whole = dataclasses.replace(batches, num_positions=end * count) if batches.shuffle else batches
+    draws = [whole[first + k] for k in range(size)]
     flat = {name: np.concatenate([draw[name] for draw in draws]) for name in draws[0]}
-    # What only fills up stays at the end.
-    sorted_ = np.lexsort((longest.array[flat["index"]], ~flat["mask"]))
+    # What only fills up stays at the end, and of a batch of two epochs the next one's.
+    by_length = np.zeros_like(flat["index"]) if size == 1 else longest.array[flat["index"]]
+    sorted_ = np.lexsort((by_length, ~flat["mask"]))
     made = {name: x[sorted_].reshape(size, count) for name, x in flat.items()}
     if batches.shuffle:
-        places = order.index(int(batches.seed) + _SHUFFLE + number, np.arange(size), size)
+        places = order.index(int(batches.seed) + _SHUFFLE + first, np.arange(size), size)
         made = {name: x[places] for name, x in made.items()}
     for x in made.values():
         x.flags.writeable = False

@@ -36,8 +36,8 @@ def load_imdb(
     Args:
         data_dir: the files are in `data_dir/imdb/aclImdb`; if that folder is absent, the archive is
             downloaded (84 MB) and its labelled part unpacked there.
-        verify: checked; of the 50,000 files only the archive's digest is known, and a download always
-            has it.
+        verify: "strict" refuses a folder that is there already: of its 50,000 files only the archive's
+            digest is known, and a download always has it.
         progress: see `jaxnets.data.load`.
         num_each: reviews that there must be of each class in each part.
 
@@ -48,6 +48,11 @@ def load_imdb(
     folder = Path(data_dir) / "imdb" / _FOLDER
     if not folder.is_dir():
         _obtain(folder, progress)
+    elif verify == "strict":
+        raise errors.DataError(
+            f"{folder}: can't be verified, as only the archive's digest is known: remove the folder and "
+            "it is downloaded"
+        )
     texts = read_text_folders("imdb", folder, _CLASSES)
     for part, label in (("train", texts.train_label), ("test", texts.test_label)):
         for i, name in enumerate(_CLASSES):

@@ -9,6 +9,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -257,6 +258,8 @@ def _titles_of(
         where = f"{movies}: line {number}"
         if not words[0].strip().isdecimal():
             raise errors.DataError(f"{where}: the movie id is {words[0][:40]!r}, which is no number")
+        if len(words[0].strip()) > 18:
+            raise errors.DataError(f"{where}: the movie id has {len(words[0].strip()):,} digits")
         movie = int(words[0])
         if not words[1].strip():
             raise errors.DataError(f"{where}: movie {movie} has no title")
@@ -281,12 +284,23 @@ def _quoted(path: Path) -> _Titles:
         number = content.count(b"\n", 0, error.start) + 1
         raise errors.DataError(f"{path}: line {number} is not UTF-8 ({error.reason})") from None
     rows = csv.reader(io.StringIO(text, newline=""))
-    for words in rows:
+    for words in _checked(path, rows):
         if rows.line_num == 1 or not words:
             continue
         if len(words) != 3:
             raise _columns(path, rows.line_num, words, 3)
         yield rows.line_num, words
+
+
+def _checked(path: Path, rows: Any) -> Iterator[list[str]]:
+    """The rows of a CSV file."""
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise errors.DataError(f"{path}: line {rows.line_num}: {error}") from None
 
 
 def _separated(separator: str, num_columns: int) -> Callable[[Path], _Titles]:

@@ -5,15 +5,14 @@ plain or as `.gz`, in UTF-8.
 """
 
 import dataclasses
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxnets import errors
 from jaxnets.data.datasets import check_verify, data_folder
+from jaxnets.data.lines import read_lines
 from jaxnets.data.progress import Progress
 
 PARTS = ("train", "val", "test")
@@ -144,24 +143,8 @@ def read_sentences(path: Path) -> list[str]:
     Raises:
         DataError: if it can't be read, or a line isn't UTF-8 or is empty.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise errors.DataError(f"{path} can't be read: {errors.first_line(error)}") from error
-    lines = content.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    sentences = []
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise errors.DataError(
-                f"{path}, line {number:,}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})"
-            ) from None
+    sentences = read_lines(path)
+    for number, text in enumerate(sentences, 1):
         if not text:
             raise errors.DataError(f"{path}, line {number:,}: empty")
-        sentences.append(text)
     return sentences

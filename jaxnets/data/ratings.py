@@ -103,12 +103,9 @@ def number_of(ids: np.ndarray, wanted: str, kind: str) -> int:
         >>> number_of(np.array([3, 7, 8]), "7", "user")
         1
     """
-    try:
-        value = int(wanted)
-    except ValueError:
-        raise errors.ConfigError(
-            f"a {kind} is given by the number in the data, not {wanted!r}"
-        ) from None
+    if not (wanted.isascii() and wanted.strip().isdecimal() and len(wanted) <= 18):
+        raise errors.ConfigError(f"a {kind} is given by the number in the data, not {wanted[:40]!r}")
+    value = int(wanted)
     place = int(np.searchsorted(ids, value))
     if place < len(ids) and ids[place] == value:
         return place

@@ -1,8 +1,8 @@
 """Text as subwords: byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), by `tokenizers`.
 
-It begins with bytes, so there is no unknown word, and what was encoded is decoded to the same text, its
-blanks included. Tokens 0, 1 and 2 stand for padding and for where a sentence begins and ends; no text is
-ever encoded to them.
+It begins with bytes, so there is no unknown word: what was encoded is decoded to the same text, but for
+blanks at its ends, Unicode's normal form, and capital letters where they are made small. Tokens 0, 1 and
+2 stand for padding and for where a sentence begins and ends; no text is ever encoded to them.
 """
 
 import unicodedata

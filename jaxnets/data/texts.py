@@ -101,6 +101,11 @@ def read_text_folders(name: str, folder: Path, class_names: Sequence[str] | None
     if len(names) < 2:
         raise errors.DataError(f"{train}: has {len(names)} class folders, expected two or more")
     parts = [_read_part(folder / part, names) for part in ("train", "test")]
+    tested = {p.name for p in _listed(folder / "test") if p.is_dir() and p.name[0] != "."}
+    if class_names is None and (unknown := sorted(tested.difference(names))):
+        raise errors.DataError(
+            f"{folder / 'test'}: nothing to learn {', '.join(unknown)} from in {train}"
+        )
     return Texts(name, *parts[0], *parts[1], tuple(names), str(folder))
 
 
@@ -124,28 +129,15 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise errors.DataError(f"{path}: line {line} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise errors.DataError(f"{path}: can't be read: {error.strerror or error}") from None
     if not text.strip():
         raise errors.DataError(f"{path}: there is no text in it")
     return text
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, UTF-8.
-
-    Raises:
-        DataError: if it can't be read, or a line isn't UTF-8 or is empty, naming it.
-    """
-    lines = read_text(path).splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise errors.DataError(f"{path}: line {number} is empty")
-    return lines
 
 
 def _listed(folder: Path) -> list[Path]:

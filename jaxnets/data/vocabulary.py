@@ -112,6 +112,8 @@ class NGrams:
         Raises:
             ConfigError: if so many numbers don't fit 63 bits.
         """
+        if size < 2:
+            raise errors.ConfigError(f"a vocabulary of runs has at least 2 entries, not {size}")
         if order < 1 or base**order >= 2**63:
             raise errors.ConfigError(f"runs of 1 to {order} of {base:,} words have too many numbers")
         keys, owners = _runs(texts, order, base)

@@ -180,6 +180,8 @@ def compare_records(
             report[stage] = compare(f"{dtype}, {stage}", found, expected, limit)
             if own is not None:
                 report[stage]["reference_rounding"] = own
+            if noise and stage.startswith("parameters"):
+                report[stage]["left_out"] = sorted(noise)
     return report
 
 

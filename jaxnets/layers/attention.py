@@ -15,6 +15,7 @@ from jaxnets.layers.key_values import KeyValues
 from jaxnets.layers.linear import Linear
 from jaxnets.layers.rotary import rotate
 from jaxnets.ops.forms import is_for_cpu
+from jaxnets.ops.hash import pair_places
 from jaxnets.ops.partition import constrain
 from jaxnets.typing import Array
 
@@ -296,7 +297,8 @@ class SelfAttention(nn.Module):
         elif self.chunk is None:
 
             def drop(weights_BNTS: Array) -> Array:
-                return dropout(weights_BNTS, train=train, rows=rows)
+                places = pair_places(weights_BNTS.shape[1:])
+                return dropout(weights_BNTS, train=train, rows=rows, places=places)
 
             y_BTNK = attention(
                 query,
@@ -314,7 +316,7 @@ class SelfAttention(nn.Module):
                 chunk=self.chunk,
                 is_causal=self.is_causal,
                 mask=mask,
-                dropout_fn=dropout.of_parts(train=train, rows=rows),
+                dropout_fn=dropout.of_parts(train=train, rows=rows, places_of=pair_places),
             )
         y_BTD = Linear(
             (width,),
@@ -434,7 +436,8 @@ class MultiHeadAttention(nn.Module):
 
         def noted(weights_BNTS: Array) -> Array:
             self.sow("intermediates", "weights", weights_BNTS)
-            return self.dropout(weights_BNTS, train=train, rows=rows)
+            places = pair_places(weights_BNTS.shape[1:])
+            return self.dropout(weights_BNTS, train=train, rows=rows, places=places)
 
         y_BTNK = attention(
             constrain(self.query(x_BTD), "batch", None, "heads", None),

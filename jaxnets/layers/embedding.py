@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.ops.partition import constrain
+from jaxnets.ops.partition import constrain, has_some_rows
 from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         """Make the table, or take the one that is there: of a step on rows it has these alone."""
         shape = (self.num_embeddings, self.width)
-        if self.has_variable("params", "embedding"):
+        if has_some_rows():
             self.embedding = self.get_variable("params", "embedding")
             chex.assert_shape(self.embedding, (None, self.width))
         else:

@@ -73,7 +73,9 @@ def restrict(logits: Array, sampling: Sampling) -> Array:
         -inf
     """
     chex.assert_rank(logits, 2)
-    scaled_BV = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / sampling.temperature
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # Around the greatest: divided by a tiny temperature several would be infinite.
+    scaled_BV = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     size = scaled_BV.shape[1]
     if sampling.top_k is not None and sampling.top_k < size:
         least = lax.top_k(scaled_BV, sampling.top_k)[0][:, -1:]

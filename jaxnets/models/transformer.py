@@ -155,7 +155,12 @@ class Transformer(nn.Module):
 
         Returns:
             memory, whose arrays begin with B, and the cache, whose arrays begin with `[B, W]`.
+
+        Raises:
+            ValueError: if they may grow longer than the model takes.
         """
+        if max_length > self.max_length:
+            raise ValueError(f"sequences of {max_length}; this model takes at most {self.max_length}")
         memory_BSD = self.encode(source, mask=mask)
         known = self.decoder.remember(memory_BSD)
         heads = (self.num_heads, self.width // self.num_heads)

@@ -25,6 +25,7 @@ _micro: contextvars.ContextVar[tuple[Array | int, int]] = contextvars.ContextVar
     "micro_batch", default=(0, 1)
 )
 _first: contextvars.ContextVar[Array | int] = contextvars.ContextVar("first_row", default=0)
+_some_rows: contextvars.ContextVar[bool] = contextvars.ContextVar("some_rows", default=False)
 _rules: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
     "activation_rules", default=None
 )
@@ -97,6 +98,21 @@ def first_row(row: Array | int) -> Iterator[None]:
         yield
     finally:
         _first.reset(token)
+
+
+@contextlib.contextmanager
+def some_rows() -> Iterator[None]:
+    """While this is open, tables of embeddings may have other numbers of rows than they should."""
+    token = _some_rows.set(True)
+    try:
+        yield
+    finally:
+        _some_rows.reset(token)
+
+
+def has_some_rows() -> bool:
+    """Whether `some_rows` is open: in a step on the rows that a batch uses."""
+    return _some_rows.get()
 
 
 def default_rows(num_rows: int) -> Array:

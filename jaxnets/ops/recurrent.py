@@ -45,7 +45,8 @@ def lstm(
         reverse: whether the last step is taken first.
 
     Returns:
-        outputs `[T, B, H]`, and output and cell after the last step that was taken.
+        outputs `[T, B, H]`, and output and cell after the last step that was taken. The gradient is a
+        rule of its own; forward mode (`jax.jvp`) takes `ops.plain()`.
     """
     h, c = (x.astype(gates.dtype) for x in (h, c))
     if is_plain():
@@ -94,9 +95,9 @@ def _lstm_forward(gates, kernel, h, c, mask, keep, reverse):
 
 def _before(first: Array, all_: Array, reverse: bool) -> Array:
     """What was there before each step."""
-    if reverse:
-        return jnp.concatenate([all_[1:], first[None]])
-    return jnp.concatenate([first[None], all_[:-1]])
+    with_first = [all_, first[None]] if reverse else [first[None], all_]
+    both = jnp.concatenate(with_first)
+    return both[1:] if reverse else both[:-1]
 
 
 def _lstm_backward(reverse, kept, grads):
@@ -173,7 +174,8 @@ def gru(
         reverse: whether the last step is taken first.
 
     Returns:
-        outputs `[T, B, H]`, and the output after the last step that was taken.
+        outputs `[T, B, H]`, and the output after the last step that was taken. Of derivatives the same
+        holds as for `lstm`.
     """
     h = h.astype(gates.dtype)
     if is_plain():

@@ -1,21 +1,21 @@
 """The picture of what a translation looked at."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 
-def draw_alignment(
-    weights: np.ndarray, source: Sequence[str], target: Sequence[str], path: Path
-) -> None:
+def draw_alignment(weights: np.ndarray, source: Sequence[str], target: Sequence[str]) -> bytes:
     """Draw attention's weights, a row for each token of the translation.
 
     Args:
         weights: `[T, S]`, from 0 to 1.
         source: the text of S tokens.
         target: the text of T tokens.
-        path: the PNG to write.
+
+    Returns:
+        the content of a PNG file.
 
     Raises:
         ValueError: if the numbers of tokens aren't those of the weights.
@@ -36,5 +36,6 @@ def draw_alignment(
     panel.set_yticks(range(len(target)), list(target), **plain)
     panel.xaxis.tick_top()
     panel.tick_params(length=0)
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnets import errors
-from jaxnets.ops.partition import constrain, data_axis, data_gather, own_part
+from jaxnets.ops.partition import constrain, data_axis, data_gather, own_part, some_rows
 from jaxnets.train.mesh import path_of
 from jaxnets.train.state import TrainState
 from jaxnets.train.step import make_train_step
@@ -49,11 +49,12 @@ class _Rows:
     Attributes:
         places: int32 `[R]`, ascending and each once; what is V or more is no row. None for all rows,
             of a table that has no more than the batch has entries.
-        is_used: boolean `[V]` in that case.
+        is_used: boolean `[R]`, or `[V]` in that case: false for rows that only masked examples use,
+            which stay as they are.
     """
 
     places: Array | None
-    is_used: Array | None
+    is_used: Array
 
     def take(self, table: Array) -> Array:
         """These rows; what is no row is NaN, so that what should use none of it shows if it does."""
@@ -65,10 +66,10 @@ class _Rows:
 
     def put(self, table: Array, rows: Array) -> Array:
         """The table with other rows in their places."""
+        is_used = self.is_used.reshape(-1, *(1,) * (table.ndim - 1))
+        rows = jnp.where(is_used, rows, self.take(table))
         if self.places is None:
-            assert self.is_used is not None
-            is_used = self.is_used.reshape(-1, *(1,) * (table.ndim - 1))
-            return jnp.where(is_used, rows, table)
+            return rows
         how: Any = {"indices_are_sorted": True, "unique_indices": True}
         return table.at[self.places].set(rows, mode="drop", **how)
 
@@ -122,7 +123,7 @@ def make_row_step(
         rows = {}
         with data_axis(axis_name):
             for entry, size in sizes.items():
-                rows[entry], batch[entry] = _find(batch[entry], size)
+                rows[entry], batch[entry] = _find(batch[entry], size, batch.get("mask"))
         paths = _paths(state.params)
 
         def rows_of(path: tuple[Any, ...], leaf: Array) -> _Rows | None:
@@ -141,17 +142,21 @@ def make_row_step(
             return new if found is None else found.put(leaf, new)
 
         small = jax.tree_util.tree_map_with_path(take, state)
-        small, metrics = small_step(small, batch)
+        with some_rows():
+            small, metrics = small_step(small, batch)
         return jax.tree_util.tree_map_with_path(put, state, small), metrics
 
     return step
 
 
-def _find(index: Array, size: int) -> tuple[_Rows, Array]:
+def _find(index: Array, size: int, mask: Array | None) -> tuple[_Rows, Array]:
     """The rows that the global batch uses, and for these rows of the batch their places among them."""
+    real = jnp.ones(len(index), bool) if mask is None else mask.astype(bool)
+    real = jnp.broadcast_to(real.reshape(-1, *(1,) * (index.ndim - 1)), index.shape).reshape(-1)
+    real = data_gather(constrain(real, None))
     if size <= index.size:
         used = data_gather(constrain(index.reshape(-1), None))
-        return _Rows(None, jnp.zeros(size, bool).at[used].set(True, mode="drop")), index
+        return _Rows(None, jnp.zeros(size, bool).at[used].max(real, mode="drop")), index
     # Another row than there are is the row V, which is filled with NaN.
     own = jnp.where((index >= 0) & (index < size), index, size).astype(jnp.int32).reshape(-1)
     every = data_gather(constrain(own, None))
@@ -163,7 +168,8 @@ def _find(index: Array, size: int) -> tuple[_Rows, Array]:
     spare = size + 1 + jnp.arange(every.size, dtype=jnp.int32)
     places = spare.at[slots].set(values)
     slot = jnp.zeros_like(every).at[sorted_].set(slots, unique_indices=True)
-    return _Rows(places, None), own_part(slot, own.size).reshape(index.shape)
+    is_used = jnp.zeros(every.size, bool).at[slots].max(real[sorted_])
+    return _Rows(places, is_used), own_part(slot, own.size).reshape(index.shape)
 
 
 def _paths(params: PyTree) -> dict[str, Array]:

@@ -15,18 +15,18 @@ def made(num_examples=100, batch_size=4, num_positions=100, *, shuffle=True, str
     return ByLength(batches, {"tokens": length}, BUCKETS, stretch), length
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 7), st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
-def test_whole_stretches_see_the_examples_of_batches(num_examples, batch_size, stretch, seed):
-    draws, _ = made(num_examples, batch_size, 3 * stretch * batch_size, stretch=stretch, seed=seed)
-    plain = draws.batches
-    for s in range(3):
-        numbers = range(s * stretch, (s + 1) * stretch)
-        for name in ("index", "position"):
-            ours = np.concatenate([draws[i][name] for i in numbers])
-            theirs = np.concatenate([plain[i][name] for i in numbers])
-            assert sorted(ours.tolist()) == sorted(theirs.tolist())
-        assert all(draws[i]["mask"].all() for i in numbers)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 7), st.integers(1, 3), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_each_epoch_is_a_pass(num_examples, batch_size, stretch, epochs, seed):
+    """Also where a batch has examples of two epochs, whose rows have the positions of either."""
+    count = epochs * num_examples
+    draws, _ = made(num_examples, batch_size, count, stretch=stretch, seed=seed)
+    found = [{name: draw[name][draw["mask"]] for name in ("index", "position")} for draw in draws]
+    index, position = (np.concatenate([draw[name] for draw in found]) for name in found[0])
+    assert sorted(position.tolist()) == list(range(count))
+    for epoch in range(epochs):
+        seen = index[position // num_examples == epoch]
+        assert sorted(seen.tolist()) == list(range(num_examples))
 
 
 def test_rows_of_a_batch_are_of_like_length():
@@ -51,8 +51,8 @@ def test_masks_say_where_tokens_are_in_the_least_bucket():
 
 
 def test_a_longer_run_begins_the_same():
-    short, _ = made(num_positions=90)
-    long, _ = made(num_positions=1000)
+    short, _ = made(num_positions=90, stretch=6)
+    long, _ = made(num_positions=1000, stretch=6)
     for i in range(90 // 4):
         for name, x in short[i].items():
             assert np.array_equal(x, long[i][name]), name

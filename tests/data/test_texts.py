@@ -68,14 +68,12 @@ def test_folders_that_hold_nothing(tmp_path):
         texts.read_text_folders("mine", tmp_path / "mine")
 
 
-def test_lines_of_a_file(tmp_path):
-    write(tmp_path / "lines.txt", "one\ntwo\n")
-    assert texts.read_lines(tmp_path / "lines.txt") == ["one", "two"]
-    write(tmp_path / "lines.txt", "one\n\ntwo\n")
-    with pytest.raises(errors.DataError, match=r"lines\.txt: line 2 is empty"):
-        texts.read_lines(tmp_path / "lines.txt")
-    with pytest.raises(errors.DataError, match="can't be read: No such file"):
-        texts.read_lines(tmp_path / "none.txt")
+def test_a_class_that_is_only_tested(tmp_path):
+    for place in ("train/a", "train/b", "test/a", "test/b", "test/c"):
+        (tmp_path / "mine" / place).mkdir(parents=True)
+        (tmp_path / "mine" / place / "1.txt").write_text("text")
+    with pytest.raises(errors.DataError, match=r"mine/test: nothing to learn c from in .*mine/train"):
+        texts.read_text_folders("mine", tmp_path / "mine")
 
 
 def test_made_reviews_are_the_same_each_time_and_balanced():

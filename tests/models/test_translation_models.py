@@ -159,10 +159,10 @@ def test_padding_changes_no_number(name):
         "source_mask": jnp.pad(batch["source_mask"], ((0, 0), (0, 3))),
     }
     assert not mask.all()
-    for train in (False, True):
-        expected = forward(name, params, batch, train=train)
-        np.testing.assert_allclose(forward(name, params, other, train=train), expected, atol=1e-6)
-        np.testing.assert_allclose(forward(name, params, wider, train=train), expected, atol=2e-6)
+    for options in ({}, {"train": True}, {"train": True, "dropout_rate": 0.3}):
+        expected = forward(name, params, batch, **options)
+        np.testing.assert_allclose(forward(name, params, other, **options), expected, atol=1e-6)
+        np.testing.assert_allclose(forward(name, params, wider, **options), expected, atol=2e-6)
     grad_fn = jax.jit(jax.grad(lambda p, b: total(name, p, b)), compiler_options=QUICK)
     grads = [grad_fn(params, b) for b in (batch, other, wider)]
     for grad in grads[1:]:
