@@ -42,13 +42,25 @@ _SHAKESPEARE = "experiments.shakespeare"
 _PLAIN = {"dataset": "random_text", "schedule": "constant", "warmup": 0.0, "clip_norm": None}
 _GPT = {**_PLAIN, "num_layers": 4, "num_heads": 8, "width": 256, "context": 256}
 _NANOGPT = {**_PLAIN, "num_layers": 4, "num_heads": 4, "width": 128, "context": 64}
-_TEXTS = "experiments.imdb_sentiment"
-_LSTM = {"dropout_rate": 0.0, "recurrent_dropout_rate": 0.0}
-_LSTM |= {"vocabulary_size": 20_000, "max_length": 200}
-_PAIRS = "experiments.multi30k"
-_TRANSFORMER = {"schedule": "constant", "warmup": 0.0, "clip_norm": None, "ema_decay": None}
-_TRANSFORMER |= {"num_layers": 3, "num_heads": 4, "width": 256, "hidden": 512, "dropout": 0.0}
-_TRANSFORMER |= {"max_length": 20, "learning_rate": 0.001}
+_LSTM = {
+    "module": "experiments.imdb_sentiment",
+    "dataset": "random_texts",
+    "fields": {
+        "dropout_rate": 0.0,
+        "recurrent_dropout_rate": 0.0,
+        "vocabulary_size": 20_000,
+        "max_length": 200,
+    },
+}
+_TRANSFORMER = {
+    "module": "experiments.multi30k",
+    "dataset": "phrases",
+    "fields": {
+        **{"num_layers": 3, "num_heads": 4, "width": 256, "hidden": 512, "dropout": 0.0},
+        **{"max_length": 20, "learning_rate": 0.001, "schedule": "constant", "warmup": 0.0},
+        **{"clip_norm": None, "ema_decay": None},
+    },
+}
 
 WORKLOADS = {
     workload.name: workload
@@ -68,14 +80,10 @@ WORKLOADS = {
         Workload("nanogpt-12", "gpt", 12, parity_steps=3, fields=_NANOGPT, module=_SHAKESPEARE),
         Workload("gpt-1-inference", "gpt", 1, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
         Workload("gpt-128-inference", "gpt", 128, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
-        Workload("lstm-32", "lstm_classifier", 32, parity_steps=3, fields=_LSTM, module=_TEXTS),
-        Workload("lstm-1-inference", "lstm_classifier", 1, "inference", 1, fields=_LSTM, module=_TEXTS),
-        Workload(
-            "lstm-128-inference", "lstm_classifier", 128, "inference", 1, fields=_LSTM, module=_TEXTS
-        ),
-        Workload(
-            "transformer-128", "transformer", 128, parity_steps=3, fields=_TRANSFORMER, module=_PAIRS
-        ),
+        Workload("lstm-32", "lstm_classifier", 32, parity_steps=3, **_LSTM),
+        Workload("lstm-1-inference", "lstm_classifier", 1, "inference", 1, **_LSTM),
+        Workload("lstm-128-inference", "lstm_classifier", 128, "inference", 1, **_LSTM),
+        Workload("transformer-128", "transformer", 128, parity_steps=3, **_TRANSFORMER),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),

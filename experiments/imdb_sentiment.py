@@ -53,11 +53,14 @@ class Config:
     learning_rate: float = 0.001  # per step, at its highest
     schedule: str = "constant"  # constant, linear or cosine
     weight_decay: float = 0.0  # per step, as PyTorch's optimizer of that name has it
+    dtype: str = "float32"  # of the computation: float32 or bfloat16; of the LSTM alone
     ema_decay: float | None = None  # of an average of the parameters, which evaluation then uses
     seed: int = 0  # of the parameters, the order and dropout
 
 
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
+    if config.dtype not in ("float32", "bfloat16"):
+        raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
     reviews = texts.load_texts(config.dataset, data_dir=options.data_dir, verify=options.verify)
     words = vocab.Words.of_texts(reviews.train, config.vocabulary_size)
     encoded = words.encode(reviews.train)
@@ -142,6 +145,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
             "num_classes": num_classes,
             "optimizer": config.optimizer,
             "learning_rate": config.learning_rate,
+            "dtype": config.dtype,
             **{name: getattr(config, name) for name in _FIELDS},
             # It refuses these.
             **{
@@ -217,8 +221,11 @@ def widths(config: Config) -> tuple[int, ...]:
 
 def make_model(config: Config, vocabulary_size: int, num_classes: int):
     build = registry.get("text_model", config.model)
-    fields = {name: getattr(config, name) for name in _FIELDS}
-    model = build(vocabulary_size, num_classes, **(fields if config.model == "lstm_classifier" else {}))
+    fields = {}
+    if config.model == "lstm_classifier":
+        fields = {name: getattr(config, name) for name in _FIELDS}
+        fields["dtype"] = None if config.dtype == "float32" else jnp.dtype(config.dtype)
+    model = build(vocabulary_size, num_classes, **fields)
     return models.functional(model, jax.ShapeDtypeStruct((1, config.max_length), jnp.int32))
 
 

@@ -52,12 +52,14 @@ def reference(
     pooling: str,
     dropout_rate: float,
     recurrent_dropout_rate: float,
+    dtype: str = "float32",
     **others: Any,
 ) -> Reference:
     """Build the reference of the tutorial's network.
 
     Raises:
-        ConfigError: for any other network, an optimizer but Adam, dropout, or other parts in use.
+        ConfigError: for any other network, an optimizer but Adam, dropout, another dtype than float32, or
+            other parts in use.
     """
     if (model, num_layers, is_bidirectional, pooling) != ("lstm_classifier", 1, False, "last"):
         raise errors.ConfigError(
@@ -71,6 +73,8 @@ def reference(
         )
     if optimizer != "adam":
         raise errors.unknown("PyTorch optimizer", optimizer, ("adam",))
+    if dtype != "float32":
+        raise errors.unknown("dtype of the PyTorch reference", dtype, ("float32",))
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise errors.ConfigError(f"the PyTorch reference does not have {flags}; leave it out")

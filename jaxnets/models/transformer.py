@@ -44,6 +44,7 @@ class Transformer(nn.Module):
         dtype: of the computation and the logits; that of the parameters by default.
 
     Example:
+        >>> import jax
         >>> model = Transformer(vocabulary_size=20, num_layers=1, width=8, num_heads=2, hidden=16)
         >>> tokens = {"source": jnp.ones((2, 5), int), "target": jnp.ones((2, 3), int)}
         >>> model.init_with_output(jax.random.key(0), tokens)[0].shape

@@ -45,6 +45,7 @@ def test_three_steps_are_the_same(name):
         ("lstm", {"model": "weighted_naive_bayes"}, "is an lstm_classifier of one layer"),
         ("lstm", {"is_bidirectional": True}, "is an lstm_classifier of one layer"),
         ("lstm", {"dropout_rate": 0.1}, "has no dropout on the recurrent output"),
+        ("lstm", {"dtype": "bfloat16"}, "unknown dtype of the PyTorch reference"),
         ("lstm", {"optimizer": "lion"}, "unknown PyTorch optimizer"),
         ("lstm", {"schedule": "cosine"}, "does not have --schedule"),
         ("transformer", {"model": "attention_rnn"}, "unknown model of the PyTorch reference"),
