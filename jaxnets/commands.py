@@ -122,10 +122,29 @@ def run_command(
         raise errors.ConfigError(
             f"there is no run in {folder} yet: first {program} train{named}, or name one by --run-dir"
         )
+    saved = open_run(folder, experiment, config_type, options=options)
+    command.run(saved, words, flags)
+
+
+def open_run(
+    folder: Path, experiment: str, config_type: type, *, options: SavedOptions | None = None
+) -> SavedRun:
+    """A run that was trained, also for a program of your own.
+
+    Args:
+        folder: of the run.
+        experiment: the name of its experiment.
+        config_type: of its config.
+        options: which checkpoint, and others of the commands.
+
+    Raises:
+        ConfigError: if it isn't the folder of such a run.
+    """
     stored = run_folder.read_config(folder)
     if stored["experiment"] != experiment:
         raise errors.ConfigError(f"{folder} holds a run of {stored['experiment']}, not of {experiment}")
-    command.run(SavedRun(folder, config.from_json(config_type, stored["config"]), options), words, flags)
+    run_config = config.from_json(config_type, stored["config"])
+    return SavedRun(folder, run_config, options or SavedOptions())
 
 
 def read_texts(words: Sequence[str], path: Path | None, *, example: str) -> tuple[list[str], list[str]]:

@@ -58,8 +58,8 @@ def reference(
     """Build the reference of the tutorial's network.
 
     Raises:
-        ConfigError: for any other network, an optimizer but Adam, dropout, another dtype than float32, or
-            other parts in use.
+        ConfigError: for any other network, an optimizer but Adam, dropout, another dtype than float32,
+            or other parts in use.
     """
     if (model, num_layers, is_bidirectional, pooling) != ("lstm_classifier", 1, False, "last"):
         raise errors.ConfigError(
