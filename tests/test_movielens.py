@@ -244,7 +244,12 @@ def test_ranks_are_those_of_the_protocol(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "loss"), [("embedding_dot", "bce"), ("neumf", "bce"), ("two_tower", "softmax")]
+    ("model", "loss"),
+    [
+        ("embedding_dot", "bce"),
+        pytest.param("neumf", "bce", marks=pytest.mark.long),
+        pytest.param("two_tower", "softmax", marks=pytest.mark.long),
+    ],
 )
 def test_implicit_feedback_is_learnt(tmp_path, model, loss):
     """Chance has a tenth of the wanted films among the first ten of a hundred."""

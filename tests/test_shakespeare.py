@@ -125,7 +125,7 @@ def losses_of(**fields):
     "fields",
     [
         {"loss_chunk": 5, "attention_chunk": 3, "remat": "dots"},
-        {"loss_chunk": 16, "tie_embeddings": False},
+        pytest.param({"loss_chunk": 16, "tie_embeddings": False}, marks=pytest.mark.long),
     ],
 )
 def test_less_memory_computes_the_same(fields, x64):

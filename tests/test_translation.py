@@ -96,7 +96,9 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["transformer", "attention_rnn"])
+@pytest.fixture(
+    scope="module", params=["transformer", pytest.param("attention_rnn", marks=pytest.mark.long)]
+)
 def run_dir(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     words = [
