@@ -1,5 +1,6 @@
 """What a trained recommender is asked: films for a user, and the ratings of pairs."""
 
+import csv
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def _recommend(make_model, saved: SavedRun, words: Sequence[str], flags: Recomme
 def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFlags) -> None:
     texts, places = read_texts(words, flags.input, example="predict 42:318, by the ids in the data,")
     mark = ":" if flags.input is None else ","
-    asked = [(place, text.split(mark)) for place, text in zip(places, texts, strict=True)]
+    asked = [(place, _cells(text, mark)) for place, text in zip(places, texts, strict=True)]
     if flags.input is not None:
         head = [cell.strip() for cell in asked[0][1][:2]] == ["userId", "movieId"]
         asked = [(place, cells[:2]) for place, cells in asked[head:]]
@@ -160,6 +161,13 @@ def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFl
         return
     for (u, i), score, (_, item) in zip(ids, scores.tolist(), pairs, strict=True):
         print(f"user {u}, movie {i}: {what} {score:.2f}  {known.titles[item]}")
+
+
+def _cells(text: str, mark: str) -> list[str]:
+    try:
+        return next(csv.reader([text], delimiter=mark))
+    except csv.Error:  # of a cell that is too long
+        return [text]
 
 
 def _unit(saved: SavedRun) -> str:

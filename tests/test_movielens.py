@@ -99,9 +99,9 @@ def trained(tmp_path_factory):
 def test_predictions_from_a_file_to_a_file(trained, tmp_path, capsys):
     capsys.readouterr()
     pairs, out = tmp_path / "pairs.csv", tmp_path / "out.csv"
-    pairs.write_text("userId,movieId\n3,7\n240,300\n")
-    assert run("predict", "1:1", "--input", str(pairs), "--output", str(out), *trained) == 0
-    assert capsys.readouterr().out == ""
+    pairs.write_text('userId,movieId\n1,1\n"3","7",5.0\n240,300\n')
+    assert run("predict", "--input", str(pairs), "--output", str(out), *trained) == 0
+    assert capsys.readouterr().out == f"3 predictions in {out}\n"
     header, *rows = out.read_text().splitlines()
     assert header == "userId,movieId,stars"
     assert [row.split(",")[:2] for row in rows] == [["1", "1"], ["3", "7"], ["240", "300"]]

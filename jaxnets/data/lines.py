@@ -10,7 +10,7 @@ _MARK = b"\xef\xbb\xbf"  # of the byte order, as some programs put it before UTF
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file in UTF-8, without blanks at their ends; blank ones too, but for the last.
+    """The lines of a file in UTF-8; blank ones too, but for the last.
 
     A line ends at a line feed, with or without a carriage return, and nowhere else.
 
@@ -32,7 +32,7 @@ def read_lines(path: Path) -> list[str]:
     texts = []
     for number, line in enumerate(lines, 1):
         try:
-            texts.append(line.decode().strip())
+            texts.append(line.removesuffix(b"\r").decode())
         except UnicodeDecodeError as error:
             raise errors.DataError(
                 f"{path}, line {number:,}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})"

@@ -143,7 +143,7 @@ def read_sentences(path: Path) -> list[str]:
     Raises:
         DataError: if it can't be read, or a line isn't UTF-8 or is empty.
     """
-    sentences = read_lines(path)
+    sentences = [line.strip() for line in read_lines(path)]
     for number, text in enumerate(sentences, 1):
         if not text:
             raise errors.DataError(f"{path}, line {number:,}: empty")
