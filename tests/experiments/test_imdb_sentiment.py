@@ -6,20 +6,6 @@ import pytest
 from experiments import imdb_sentiment
 from jaxnets import cli
 
-WORDS = [
-    "plot",
-    "cast",
-    "music",
-    "script",
-    "ending",
-    "camera",
-    "dialogue",
-    "pace",
-    "lead",
-    "editing",
-    "the",
-    "is",
-]
 SMALL = ["--width", "8", "--hidden", "8", "--max-length", "40", "--buckets", "20", "--batch-size", "64"]
 
 
@@ -69,7 +55,8 @@ def test_words_that_nobody_knows(trained, capsys):
 def test_a_long_text_is_cut_and_that_is_said(trained, capsys):
     assert run("predict", "the plot is dull " * 99, "--run-dir", str(trained)) == 0
     assert "warning" not in capsys.readouterr().err  # the same runs of words again and again
-    long = " ".join(f"{word} {other}" for word in WORDS for other in WORDS)
+    made = imdb_sentiment.texts.load_made_reviews()
+    long = " ".join(made.train[:100])
     assert run("predict", long, "--run-dir", str(trained)) == 0
     printed = capsys.readouterr()
     assert "runs of words, of which 200 count" in printed.err
