@@ -86,7 +86,7 @@ def test_by_default_it_trains_offline_and_learns(tmp_path, capsys):
     assert stars == sorted(stars, reverse=True)
 
     assert run("predict", f"42:{lines[1].split()[-1]}") == 0
-    assert f": {stars[0]:.2f}  Generated film" in capsys.readouterr().out
+    assert f": stars {stars[0]:.2f}  Generated film" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ def test_every_place_of_dropout_has_a_key_of_its_own(monkeypatch):
     def keys_of(key, rows):
         seen = []
 
-        def noted(x, rate, *, key, rows):
+        def noted(x, rate, *, key, rows, places):
             assert rate == 0.3
             seen.append(jnp.append(jax.random.key_data(key), rows.astype(jnp.uint32)))
             return x
