@@ -122,14 +122,13 @@ def run_workload(
     from jaxnets.interop import duel
 
     experiment = registry.resolve(f"{workload.module}:EXPERIMENT")
-    config = dataclasses.replace(
-        experiment.config,
-        dataset="random_images",
-        model=workload.model,
-        batch_size=workload.batch_size,
-        dtype=dtype,
-        **workload.fields,
-    )
+    fields = {
+        "dataset": workload.dataset,
+        "model": workload.model,
+        "batch_size": workload.batch_size,
+        "dtype": dtype,
+    }
+    config = dataclasses.replace(experiment.config, **(fields | dict(workload.fields)))
     options = RunOptions(
         duel_mode=workload.mode,
         duel_seconds=seconds,

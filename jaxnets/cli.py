@@ -18,6 +18,7 @@ import jaxlib.version
 
 from jaxnets import agreement, defects, errors, memory, registry, resume, runner, startup
 from jaxnets.allocator import keep_freed_memory
+from jaxnets.commands import Command, run_command
 from jaxnets.config import RunOptions, from_json, parse_flags, preset_of, to_json
 from jaxnets.evaluation import make_evaluator
 from jaxnets.recipe import Recipe
@@ -31,10 +32,14 @@ from jaxnets.train import (
     sharding,
     watchdog,
 )
-from jaxnets.train.verdict import together
+from jaxnets.train.verdict import by_first, together
 
 _LONG_S = 3600.0  # for what one process may do while the others wait
-COMMANDS = ("train", "eval", "duel")
+COMMANDS = {
+    "train": "train, or go on with the run in the run folder",
+    "eval": "evaluate a checkpoint of a run",
+    "duel": "compare with PyTorch: the same numbers, then the speed of both",
+}
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
 
 
@@ -48,6 +53,7 @@ class Experiment:
         config: the default config, a flat frozen dataclass.
         make_recipe: `make_recipe(config, options) -> Recipe`.
         presets: other configs, by name.
+        commands: what it can do with a trained run, by name, such as "predict".
         closing: printed at the end of training; {python} stands for the interpreter.
     """
 
@@ -56,6 +62,7 @@ class Experiment:
     config: Any
     make_recipe: MakeRecipe
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
     closing: str = ""
 
     @property
@@ -95,6 +102,9 @@ def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # what was printed is no longer wanted, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a disk that is full, a folder that went away
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -109,20 +119,28 @@ def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
 
 def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     prog = f"python -m {experiment.module}"
+    commands = (*COMMANDS, *experiment.commands)
     if argv and argv[0] in ("-h", "--help"):
         print(
-            f"usage: {prog} {{{','.join(COMMANDS)}}} [FLAGS]\n\n{experiment.about}\n\n"
-            "train  train, or go on with the run in the run folder\n"
-            "eval   evaluate a checkpoint of a run\n"
-            "duel   compare with PyTorch: the same numbers, then the speed of both\n\n"
-            f"{prog} train --help lists the flags."
+            f"usage: {prog} {{{','.join(commands)}}} [FLAGS]\n\n{experiment.about}\n\n"
+            f"{_listing(experiment)}\n{prog} COMMAND --help lists the flags."
         )
         return 0
     if not argv or argv[0].startswith("-"):
-        raise errors.ConfigError(f"which command? {prog} {{{','.join(COMMANDS)}}} (see --help)")
+        raise errors.ConfigError(f"which command? {prog} {{{','.join(commands)}}} (see --help)")
     command = argv.pop(0)
-    if command not in COMMANDS:
-        raise errors.unknown("command", command, COMMANDS)
+    if command not in commands:
+        raise errors.unknown("command", command, commands)
+    if command in experiment.commands:
+        run_command(
+            experiment.commands[command],
+            argv,
+            experiment=experiment.name,
+            config_type=type(experiment.config),
+            presets=experiment.presets,
+            prog=f"{prog} {command}",
+        )
+        return 0
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
     about = experiment.about
@@ -206,7 +224,8 @@ def _train(
         ) as dog,
         memory.explained(recipe, strategy),
     ):
-        on_start = partial(run_folder.write_config, folder, experiment.name, values)
+        by_first("run folder/assets", lambda: run_folder.check_assets(folder, recipe.assets))
+        on_start = partial(run_folder.write_config, folder, experiment.name, values, recipe.assets)
         result = runner.train(
             folder,
             recipe,
@@ -225,7 +244,8 @@ def _train(
     if not hosts.is_first():
         return 0
     evaluated = result["eval"]
-    pictures = ", confusion.png, samples.png" if recipe.predict_fn and options.pictures else ""
+    drawn = [name for name in ("confusion.png", "samples.png") if (folder / name).exists()]
+    pictures = "".join(f", {name}" for name in drawn if options.pictures)
     waited = result.get("seconds_to_first_step")
     print(
         f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
@@ -239,6 +259,13 @@ def _train(
         python = os.path.relpath(sys.executable) if os.sep in sys.executable else sys.executable
         print(experiment.closing.format(python=min(python, sys.executable, key=len)))
     return 0
+
+
+def _listing(experiment: Experiment) -> str:
+    """The commands and what they do."""
+    about = COMMANDS | {name: command.about for name, command in experiment.commands.items()}
+    width = max(map(len, about))
+    return "".join(f"{name:<{width}}  {line}\n" for name, line in about.items())
 
 
 def _prepared(
@@ -262,6 +289,8 @@ def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     recipe, strategy, _ = _prepared(experiment, config, options)
     agreement.check_data(recipe)
+    # Tokens of another vocabulary would give a loss that means nothing.
+    by_first("run folder/assets", lambda: run_folder.check_assets(folder, recipe.assets))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", maximize=recipe.maximize)
     abstract = strategy.abstract(runner.make_state(recipe))
     with (

@@ -122,29 +122,64 @@ def parse_flags(
         ConfigError: if a flag is unknown or its value can't be read; the message is one line.
     """
     given = RunOptions() if options is None else options
-    names = {
-        field.name: (kind, field.type)
-        for kind, value in (("config", config), ("options", given))
-        for field in dataclasses.fields(value)  # pyright: ignore[reportArgumentType]
-    }
+    _check_flags(argv, (config, given), known=("--preset",))
+    read = _read_together({"experiment": config, "run": given}, argv, prog=prog, about=about)
+    return read.experiment, read.run
+
+
+def parse_command(
+    argv: Sequence[str], flags: Any, options: T, *, words: str, prog: str, about: str
+) -> tuple[tuple[str, ...], Any, T]:
+    """Read the words and flags of a command on a trained run.
+
+    Args:
+        argv: what stands behind the command.
+        flags: the defaults of the command's own flags; None if it has none.
+        options: the defaults of what all such commands take.
+        words: what its words are, for the help; "" if it takes none.
+        prog: the command, for the help.
+        about: what it does, for the help.
+
+    Returns:
+        the words, the flags and the options.
+
+    Raises:
+        ConfigError: if a flag is unknown or its value can't be read, or it takes no words.
+    """
+    parts = {"run": options} if flags is None else {"own": flags, "run": options}
+    _check_flags(argv, tuple(parts.values()), known=("--preset",))
+    read = _read_together(parts, argv, prog=prog, about=about, words=words or "WORD")
+    if read.words and not words:
+        raise errors.ConfigError(f"{prog} takes flags alone, not {read.words[0]!r} (see --help)")
+    return read.words, getattr(read, "own", None), read.run
+
+
+def _check_flags(argv: Sequence[str], parts: Sequence[Any], *, known: Sequence[str]) -> None:
+    """Refuse a flag that no dataclass has, with the nearest one that is there."""
+    names = {field.name: field.type for part in parts for field in dataclasses.fields(part)}
     flags = {f"--{name.replace('_', '-')}" for name in names}
-    flags |= {
-        f"--no-{name.replace('_', '-')}" for name, (_, kind) in names.items() if kind in (bool, "bool")
-    }
-    flags |= {"--preset", "--help"}  # of which the first is read before
+    flags |= {f"--no-{name.replace('_', '-')}" for name, kind in names.items() if kind in (bool, "bool")}
+    flags |= {"--help", *known}
     for word in argv:
+        if word == "--":
+            return
         flag = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and flag not in flags:
             raise errors.unknown("flag", flag, flags, advice="see --help")
-    fields = [
-        ("experiment", tyro.conf.OmitArgPrefixes[type(config)], config),
-        ("run", tyro.conf.OmitArgPrefixes[RunOptions], given),
+
+
+def _read_together(
+    parts: Mapping[str, Any], argv: Sequence[str], *, prog: str, about: str, words: str = ""
+) -> Any:
+    """Read several dataclasses, and words if they have a name, from one command line."""
+    fields: list[Any] = [
+        (name, tyro.conf.OmitArgPrefixes[type(part)], dataclasses.field(default=part))
+        for name, part in parts.items()
     ]
-    both = dataclasses.make_dataclass(
-        "Flags", [(name, kind, dataclasses.field(default=value)) for name, kind, value in fields]
-    )
-    flags_read: Any = read_words(both, argv, prog=prog, about=about)
-    return flags_read.experiment, flags_read.run
+    if words:
+        kind = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"[{words} ...]")]]
+        fields.append(("words", kind, dataclasses.field(default=())))
+    return read_words(dataclasses.make_dataclass("Flags", fields), argv, prog=prog, about=about)
 
 
 def read_words(kind: type[T], argv: Sequence[str], *, prog: str, about: str | None = None) -> T:

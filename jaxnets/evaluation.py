@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxnets.config import RunOptions
-from jaxnets.data import Batches
+from jaxnets.data import Batches, ByLength
 from jaxnets.data.sources import read_example
-from jaxnets.feed import feed, resident
+from jaxnets.feed import feed, resident, test_draws
 from jaxnets.recipe import Recipe, count_examples
 from jaxnets.report import draw_predictions
 from jaxnets.train import hosts
@@ -45,14 +45,11 @@ def make_evaluator(
     arrays = resident(recipe.test, options)
     step = strategy.compile_eval(partial(make_eval_step, recipe.eval_fn), arrays)
 
-    done = []  # evaluations, of which the first compiles
+    known: set[tuple] = set()  # shapes for which an evaluation has compiled it
 
     def run(state: TrainState) -> dict[str, float | int]:
         with feed(recipe.test, batches, strategy, options) as fed:
-            is_again = bool(done)
-            found = evaluate(step, state, fed, should_stop=should_stop, beat=beat, has_compiled=is_again)
-        done.append(None)
-        return found
+            return evaluate(step, state, fed, should_stop=should_stop, beat=beat, known=known)
 
     return run
 
@@ -64,8 +61,8 @@ def keep_predictions(
     options: RunOptions,
     state: TrainState,
 ) -> None:
-    """Write what a classifier of images says of the test set, and draw it."""
-    if recipe.predict_fn is None:
+    """Write what a classifier says of the test set, and draw it."""
+    if recipe.predict_fn is None or not (recipe.has_pictures or recipe.class_names):
         return
     where = dataclasses.replace(strategy, name="jit", virtual_shards=0)
     step = where.compile_eval(
@@ -77,7 +74,8 @@ def keep_predictions(
         return
     size = len(predictions["label"])
     shown = sorted({round(i) for i in np.linspace(0, size - 1, min(size, _NUM_SAMPLES))})
-    samples = {i: row_of(recipe.test, i)["image"] for i in shown}
+    rows = {i: row_of(recipe.test, i) for i in shown}
+    samples = {i: row["image"] for i, row in rows.items() if "image" in row}
     save_predictions(
         folder / "predictions.npz", predictions, class_names=recipe.class_names, samples=samples
     )
@@ -91,8 +89,7 @@ def row_of(data: Any, i: int, max_unreadable: int = 0) -> Mapping[str, Any]:
     return read_example(data, i, max_unreadable)[0]
 
 
-def _test_batches(recipe: Recipe, strategy: Strategy) -> Batches:
-    size = count_examples(recipe.test)
+def _test_batches(recipe: Recipe, strategy: Strategy) -> Batches | ByLength:
     parts = strategy.num_parts
-    batch_size = -(-min(recipe.eval_batch_size, size) // parts) * parts
-    return Batches(size, batch_size, size, shuffle=False)
+    batch_size = -(-min(recipe.eval_batch_size, count_examples(recipe.test)) // parts) * parts
+    return test_draws(recipe, batch_size)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
-from jaxnets.data import Arrays, Batches, Part, Stream
-from jaxnets.recipe import Recipe
+from jaxnets.data import Arrays, Batches, ByLength, Part, Stream
+from jaxnets.recipe import Recipe, count_examples
 from jaxnets.train import hosts
 from jaxnets.train.loop import Clock
+from jaxnets.train.mesh import Overlapping, without_overlap
 from jaxnets.train.prefetch import Prefetch
 from jaxnets.train.sharding import Strategy
 from jaxnets.typing import Indexed
@@ -55,10 +56,14 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
             "several steps in a call take data that is kept in memory, a compiled step, and neither "
             "--strategy pmap nor --fixed-order"
         )
+    if recipe.lengths is not None and num_steps > 1:
+        raise errors.ConfigError(
+            "several steps in a call take batches of one shape, not of many lengths"
+        )
     if recipe.partners and resident(recipe.train, options) is None:
         raise errors.ConfigError("examples are mixed with others only where the data is kept in memory")
     parts = [resident(part, options) or {} for part in (recipe.train, recipe.test)]
-    size = sum(array.nbytes for part in parts for array in part.values()) / 1e9
+    size = sum(_num_bytes(array) for part in parts for array in part.values()) / 1e9
     if size > options.max_resident_gb:
         raise errors.ConfigError(
             f"the data takes {size:.3g} GB of each device, more than the {options.max_resident_gb:g} GB "
@@ -66,10 +71,37 @@ def check_feed(recipe: Recipe, options: RunOptions) -> None:
         )
 
 
+def _num_bytes(array: "np.ndarray") -> int:
+    """What an array takes on a device."""
+    kept = without_overlap(array)
+    return (kept.whole if isinstance(kept, Overlapping) else kept).nbytes
+
+
+def train_draws(recipe: Recipe) -> Batches | ByLength:
+    """Which examples each step of a run sees."""
+    draws = Batches(
+        recipe.num_examples,
+        recipe.batch_size,
+        recipe.num_positions,
+        seed=recipe.seed,
+        partners=recipe.partners,
+    )
+    lengths = recipe.lengths
+    return draws if lengths is None else ByLength(draws, lengths.train, lengths.buckets)
+
+
+def test_draws(recipe: Recipe, batch_size: int) -> Batches | ByLength:
+    """The test set, each example once."""
+    size = count_examples(recipe.test)
+    draws = Batches(size, batch_size, size, shuffle=False)
+    lengths = recipe.lengths
+    return draws if lengths is None else ByLength(draws, lengths.test, lengths.buckets)
+
+
 @contextlib.contextmanager
 def feed(
     data: "Mapping[str, np.ndarray] | Indexed",
-    draws: Batches,
+    draws: Batches | ByLength,
     strategy: Strategy,
     options: RunOptions,
     unreadable: "Unreadable | None" = None,

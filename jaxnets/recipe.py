@@ -11,7 +11,9 @@ if TYPE_CHECKING:  # so that listing and configuring import neither JAX nor Opta
     import numpy as np
     import optax
 
+    from jaxnets.data import Lengths
     from jaxnets.train.mesh import Rules
+    from jaxnets.train.row_updates import Tables
     from jaxnets.typing import EvalFn, Indexed, LossFn, WeightsFn
 
 
@@ -40,17 +42,23 @@ class Recipe:
         weights_fn: `weights_fn(batch) -> {term: [B, ...]}`; the batch's mask by default.
         coefficients: of the loss's terms; 1 by default.
         eval_batch_size: examples in a global batch of evaluation.
-        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, V]` of a classifier of images,
-            whose predictions on the test set are kept and drawn; None for others.
+        predict_fn: `predict_fn(params, model_state, batch) -> logits [B, ...]`, whose speed a duel
+            compares; of a classifier, of images or with class_names, `[B, V]`, which are kept and drawn
+            for the test set.
         class_names: of a classifier, one for each class, where the data set has them.
         learning_rate: `learning_rate(step)` is the rate of a step, counted from 0, for the record; it
             does not set the optimizer's.
         monitor: the metric of evaluation by which the best checkpoint is chosen.
         maximize: whether a greater value of it is better.
+        lengths: of the examples' sequences, so that batches are of like length and little of them is
+            padding; None where all have the same shape anyway.
+        assets: files that belong to the model, such as its vocabulary, kept in the run's folder.
         stages: (step, loss_fn) in order: from that step on, counted from 0, this loss_fn is trained with
             instead, in a program of its own, as for images that grow during the run.
         rules: where the model's parameters lie on a mesh, for "fsdp" and "tensor", as ordered (pattern,
             spec), such as `models.gpt.sharding_rules()`; None if the model has none.
+        tables: parameters that are tables, of which a step updates the rows of its batch alone; tx must
+            be for rows, as those of `train.row_optim` are. None for none.
         on_nonfinite: what becomes of a step whose loss or gradients aren't finite: "stop" ends the run
             with nothing of it applied, "skip" goes on with the next.
         max_spike: a step is skipped if its loss or the norm of its gradients is more than so many
@@ -82,8 +90,11 @@ class Recipe:
     learning_rate: Callable[[int], Any] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
+    lengths: "Lengths | None" = None
+    assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     stages: "Sequence[tuple[int, LossFn]]" = ()
     rules: "Rules | None" = None
+    tables: "Tables | None" = None
     on_nonfinite: str = "stop"
     max_spike: float | None = None
     torch_reference: str | None = None
@@ -98,6 +109,12 @@ class Recipe:
     def use_health(self) -> bool:
         """Whether steps may be skipped, so that the state remembers them."""
         return self.on_nonfinite != "stop" or self.max_spike is not None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it is a classifier of images, whose predictions are kept and drawn."""
+        has_images = not isinstance(self.test, Mapping) or "image" in self.test
+        return self.predict_fn is not None and has_images
 
     @property
     def num_examples(self) -> int:

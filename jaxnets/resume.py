@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxnets import errors
 from jaxnets.config import RunOptions
 from jaxnets.recipe import Recipe
-from jaxnets.train import step_folder
+from jaxnets.train import step_folder, stored_model
 from jaxnets.train.checkpoint import Checkpoints
 from jaxnets.train.hosts import say
 from jaxnets.train.loop import Clock
@@ -16,6 +16,9 @@ from jaxnets.train.metrics_log import read_rows
 from jaxnets.train.sharding import Strategy
 from jaxnets.train.state import TrainState
 from jaxnets.train.verdict import by_first
+from jaxnets.typing import Params, PyTree
+
+T = TypeVar("T")
 
 
 def start(
@@ -79,6 +82,18 @@ def read(checkpoints: Checkpoints, chosen: str, abstract: TrainState) -> tuple[i
         CheckpointError: if there is no such checkpoint, or it isn't this recipe's.
         DamagedError: if that of "best" or of a number isn't whole, with those that are.
     """
+    return _read(checkpoints, chosen, lambda step: checkpoints.restore(step, abstract)[0])
+
+
+def read_model(checkpoints: Checkpoints, chosen: str) -> tuple[int, Params, PyTree]:
+    """The step, the parameters and the model's own state, of any model; otherwise as `read`."""
+    step, (params, model_state) = _read(
+        checkpoints, chosen, lambda step: stored_model.read_model(checkpoints, step)
+    )
+    return step, params, model_state
+
+
+def _read(checkpoints: Checkpoints, chosen: str, restore: Callable[[int], T]) -> tuple[int, T]:
     if chosen == "latest":
         step, lines = checkpoints.newest_whole(set_aside=False)
         for line in lines:
@@ -94,7 +109,7 @@ def read(checkpoints: Checkpoints, chosen: str, abstract: TrainState) -> tuple[i
     if step is None:
         raise errors.CheckpointError(f"{checkpoints.folder.parent} has no {chosen} checkpoint yet")
     try:
-        return step, checkpoints.restore(step, abstract)[0]
+        return step, restore(step)
     except errors.DamagedError as error:
         whole = [str(other) for other in checkpoints.steps() if checkpoints.is_whole(other)]
         raise errors.DamagedError(f"{error} (whole are: {', '.join(whole) or 'none'})") from error

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from jaxnets import errors, resume
 from jaxnets.config import RunOptions
-from jaxnets.data import Batches
 from jaxnets.evaluation import make_evaluator
-from jaxnets.feed import Unreadable, feed, resident
+from jaxnets.feed import Unreadable, feed, resident, train_draws
 from jaxnets.recipe import Recipe
 from jaxnets.train import checkpoint, hooks, hosts, program_cache, sharding
 from jaxnets.train.diagnosis import report_nonfinite
@@ -22,9 +21,9 @@ from jaxnets.train.loop import Clock, Several, StepMetrics, fit
 from jaxnets.train.metrics_log import MetricsLog
 from jaxnets.train.peak import Usage, mean_usage, peak_flops
 from jaxnets.train.preemption import StopOnSignal
+from jaxnets.train.row_updates import step_maker
 from jaxnets.train.shapes import ShapeGuard
 from jaxnets.train.state import TrainState
-from jaxnets.train.step import make_train_step
 from jaxnets.train.watchdog import Watchdog
 from jaxnets.typing import LossFn
 
@@ -75,13 +74,7 @@ class Run:
             extra=self.progress,
             keep=self.schedule.keep,
         )
-        self.draws = Batches(
-            recipe.num_examples,
-            recipe.batch_size,
-            recipe.num_positions,
-            seed=recipe.seed,
-            partners=recipe.partners,
-        )
+        self.draws = train_draws(recipe)
 
     @property
     def last(self) -> int:
@@ -176,7 +169,7 @@ class Run:
 
         def compiled(loss_fn: LossFn, num_steps: int = 1) -> ShapeGuard:
             make_step = partial(
-                make_train_step,
+                step_maker(recipe.tables),
                 loss_fn,
                 recipe.tx,
                 weights_fn=recipe.weights_fn,
@@ -187,7 +180,8 @@ class Run:
                 max_spike=recipe.max_spike,
             )
             step = self.strategy.compile_step(make_step, self.arrays, num_steps=num_steps)
-            return ShapeGuard(step)
+            lengths = recipe.lengths
+            return ShapeGuard(step, num_expected=1 if lengths is None else len(lengths.buckets))
 
         steps = {begin: compiled(loss_fn) for begin, loss_fn in recipe.loss_fns.items()}
         if (in_call := self.options.steps_per_call) == 1:

@@ -50,6 +50,13 @@ def check_recipe(
     uses_health(recipe.on_nonfinite, recipe.max_spike)
     parts = "shards of the fixed order" if strategy.virtual_shards else "devices"
     sharding.check_divides(recipe.batch_size, strategy.num_parts, recipe.accumulate, parts=parts)
+    if recipe.tables is not None and strategy.virtual_shards:
+        raise errors.ConfigError(
+            f"{recipe.name} updates the rows of tables, of which there is no fixed order: leave out "
+            "--fixed-order"
+        )
+    if recipe.tables is not None and recipe.ema_decay is not None:
+        raise errors.ConfigError("tables that are updated by rows have no moving average (ema_decay)")
     if not 0 <= recipe.seed <= _MAX:
         raise errors.ConfigError(f"the seed must lie in [0, {_MAX}], not {recipe.seed}")
     if recipe.num_positions > _MAX * recipe.batch_size:
@@ -216,7 +223,9 @@ def _usages(recipe: Recipe, state: TrainState, max_unreadable: int) -> dict[int,
     usages = {}
     for begin, loss_fn in recipe.loss_fns.items():
         try:
-            usages[begin] = usage_of(loss_fn, state, batch)
+            of_shapes = [(share, usage_of(loss_fn, state, batch | x)) for x, share in _masks(recipe)]
+            mean = sum(share * usage.flops_per_example for share, usage in of_shapes)
+            usages[begin] = Usage(mean)
         except errors.UserError:
             raise
         except (FlaxError, TypeError, ValueError) as error:
@@ -227,3 +236,18 @@ def _usages(recipe: Recipe, state: TrainState, max_unreadable: int) -> dict[int,
                 f"{errors.first_line(error)}"
             ) from error
     return usages
+
+
+def _masks(recipe: Recipe) -> list[tuple[dict[str, Any], float]]:
+    """What draws hold of the lengths of sequences, for each bucket, and the share of examples in it."""
+    if recipe.lengths is None:
+        return [({}, 1.0)]
+    buckets = sorted(recipe.lengths.buckets)
+    longest = np.max(np.stack(list(recipe.lengths.train.values())), axis=0)
+    places = np.searchsorted(buckets, np.minimum(longest, buckets[-1]))
+    shares = np.bincount(places, minlength=len(buckets)) / len(places)
+    names = [f"{name}_mask" for name in recipe.lengths.train]
+    return [
+        ({n: jax.ShapeDtypeStruct((recipe.batch_size, width), np.bool_) for n in names}, float(share))
+        for width, share in zip(buckets, shares, strict=True)
+    ]

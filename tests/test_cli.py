@@ -48,7 +48,7 @@ def test_a_run_folder_has_everything(tmp_path, capsys):
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [23, 45]
     assert {"step", "epoch", "loss", "accuracy", "grad_norm"} <= set(rows[-2])
     assert rows[-2]["learning_rate"] == 0.05
-    assert re.search(r"images/s  MFU \d+\.\d%  data wait \d+%  0 s left", err)
+    assert re.search(r"examples/s  MFU \d+\.\d%  data wait \d+%  0 s left", err)
     with (folder / "metrics.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     for picture in ("curves", "confusion", "samples"):

@@ -117,7 +117,7 @@ class Part:
         [2, 3]
     """
 
-    batches: Batches
+    batches: Any  # Batches, or another order of them
     rows: tuple[int, ...]
 
     @property

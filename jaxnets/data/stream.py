@@ -18,6 +18,7 @@ import numpy as np
 from jaxnets import errors, registry
 from jaxnets.data import worker
 from jaxnets.data.batches import Batches, Part
+from jaxnets.data.by_length import ByLength
 from jaxnets.data.sources import Source
 
 _MAX_THREADS = 4
@@ -65,7 +66,7 @@ class Stream:
     def __init__(
         self,
         source: Source,
-        batches: Batches | Part,
+        batches: Batches | ByLength | Part,
         *,
         num_workers: int = 0,
         prefetch: int = 2,

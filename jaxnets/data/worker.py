@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxnets import errors
 from jaxnets.data.batches import Batches, Part
+from jaxnets.data.by_length import ByLength
 from jaxnets.data.sources import Source, read_rows, read_rows_leaving_out
 
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -38,7 +39,7 @@ class Job(NamedTuple):
     """What a worker reads: batches first, first + step, first + 2 step, ... to the end."""
 
     source: Source
-    batches: Batches | Part
+    batches: Batches | ByLength | Part
     first: int
     step: int
     num_threads: int

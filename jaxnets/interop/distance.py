@@ -26,17 +26,25 @@ def distances(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
     Returns:
         the distances; NaN where something isn't finite.
     """
-    largest = max((peak(x) for x in expected.values()), default=0.0)
     result = {}
     for name, x in expected.items():
-        eps = max(float(np.finfo(side.dtype).eps) for side in (x, found[name]))
-        rounding = 16 * eps * largest
+        rounding = _rounding(expected, max((x, found[name]), key=lambda x: np.finfo(x.dtype).eps))
         difference = peak(found[name].astype(np.float64) - x.astype(np.float64))
         if peak(x) <= rounding:
             result[name] = 0.0 if difference <= rounding else np.inf
         else:
             result[name] = difference / peak(x)
     return result
+
+
+def only_rounding(tensors: Mapping[str, np.ndarray]) -> set[str]:
+    """The names of those that aren't zero, but nothing but rounding, as `distances` has it."""
+    return {name for name, x in tensors.items() if 0 < peak(x) <= _rounding(tensors, x)}
+
+
+def _rounding(tensors: Mapping[str, np.ndarray], rougher: np.ndarray) -> float:
+    """16 units in the last place of the largest, in the dtype of `rougher`."""
+    return 16 * float(np.finfo(rougher.dtype).eps) * max(map(peak, tensors.values()))
 
 
 def allowed(bound: float, rounding: Iterable[float]) -> float:

@@ -38,6 +38,7 @@ class JaxSide:
 
         startup.limit_threads(spec["threads"])
         from jaxnets.config import RunOptions, from_json
+        from jaxnets.train import row_updates
 
         # Compilation is part of the report, so programs come from no other cache than the duel's own.
         jax.config.update("jax_enable_compilation_cache", spec["cache"] is not None)
@@ -67,7 +68,7 @@ class JaxSide:
         )
         if self.is_training:
             make_step = partial(
-                train.make_train_step,
+                row_updates.step_maker(recipe.tables),
                 recipe.loss_fn,
                 recipe.tx,
                 weights_fn=recipe.weights_fn,

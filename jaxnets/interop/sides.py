@@ -19,10 +19,12 @@ from flax import linen as nn
 from jaxnets import errors
 from jaxnets.data import take
 from jaxnets.interop.reference import Reference
+from jaxnets.interop.torch_side import dropout_places
 from jaxnets.interop.weights import flatten, only_params, to_linen, to_torch
 from jaxnets.layers.dropout import Dropout, without_dropout
 from jaxnets.recipe import Recipe
-from jaxnets.train import create_state, make_strategy, make_train_step
+from jaxnets.train import create_state, make_strategy
+from jaxnets.train.row_updates import step_maker
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,7 +40,7 @@ class Record:
         grads: of the first step.
         after_one: parameters and running statistics after the first step.
         after_all: the same after the last.
-        dropout_rates: of the model's dropout layers, sorted.
+        dropout_rates: of the model's dropout layers that drop something, sorted.
     """
 
     outputs: Arrays
@@ -92,7 +94,7 @@ def run_jax(
         state = strategy.init(lambda: create_state(lambda _: (params, model_state), tx, key=key))
         step = strategy.compile_step(
             partial(
-                make_train_step,
+                step_maker(recipe.tables),
                 recipe.loss_fn,
                 tx,
                 weights_fn=recipe.weights_fn,
@@ -130,10 +132,9 @@ def run_torch(
         state_dict = to_torch(reference.weights, jax.tree.map(lambda x: x.astype(dtype), variables))
         load_weights(model, state_dict)
         rates = []
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                rates.append(float(module.p))
-                module.p = 0.0
+        for place in dropout_places(model):
+            rates += [rate] if (rate := float(getattr(*place))) else []
+            setattr(*place, 0.0)
         optimizer = reference.make_optimizer(model.parameters())
         rows = {name: np.take(x, draws[0]["index"], axis=0) for name, x in arrays.items()}
         resident = reference.make_resident(rows)
@@ -150,7 +151,10 @@ def run_torch(
             loss = reference.loss_fn(model, batch)
             loss.backward()
             if i == 0:
-                found = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+                grad = {name: p.grad for name, p in model.named_parameters()}
+                found = {
+                    name: (x.to_dense() if x.is_sparse else x).numpy().copy() for name, x in grad.items()
+                }
                 grads = flatten(to_linen(only_params(reference.weights), found))
             optimizer.step()
             losses.append(loss.item())
@@ -192,9 +196,10 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
 
         def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
-            if context.method_name == "__call__" and isinstance(out, jax.Array):
-                _add(seen, "/".join(context.module.path), out)
-                if isinstance(context.module, Dropout):
+            first = out[0] if isinstance(out, tuple) else out  # of a recurrent layer, beside its state
+            if context.method_name == "__call__" and isinstance(first, jax.Array):
+                _add(seen, "/".join(context.module.path), first)
+                if isinstance(context.module, Dropout) and context.module.rate:
                     rates.append(float(context.module.rate))
             return out
 
@@ -214,7 +219,7 @@ def _torch_outputs(model: Any, reference: Reference) -> Iterator[Arrays]:
 
     def hook_of(name: str) -> Any:
         def hook(_module: Any, _args: Any, out: Any) -> None:
-            array = out.detach().numpy()
+            array = (out[0] if isinstance(out, tuple) else out).detach().numpy()
             _add(seen, name, array.transpose(0, 2, 3, 1) if array.ndim == 4 else array.copy())
 
         return hook

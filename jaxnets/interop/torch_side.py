@@ -174,7 +174,9 @@ class TorchSide:
                 return {"the logits": compute(self.resident, index, model).cpu().numpy().copy()}
         model.zero_grad(set_to_none=True)
         compute(self.resident, index, model).backward()
-        return {name: p.grad.cpu().numpy().copy() for name, p in model.named_parameters()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        dense = {name: x.to_dense() if x.is_sparse else x for name, x in grads.items()}
+        return {name: x.cpu().numpy().copy() for name, x in dense.items()}
 
     def first(self) -> list[list[float]]:
         """Take the first step, and wait for it: its values."""
@@ -259,17 +261,28 @@ def _default_dtype(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_dropout(*models: Any) -> Iterator[None]:
-    import torch
-
-    layers = [m for model in models for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    rates = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
+    places = [place for model in models for place in dropout_places(model)]
+    rates = [getattr(*place) for place in places]
+    for place in places:
+        setattr(*place, 0.0)
     try:
         yield
     finally:
-        for layer, rate in zip(layers, rates, strict=True):
-            layer.p = rate
+        for place, rate in zip(places, rates, strict=True):
+            setattr(*place, rate)
+
+
+def dropout_places(model: Any) -> list[tuple[Any, str]]:
+    """The layers of a model that drop elements, and the attribute that is each one's rate."""
+    import torch
+
+    names = {torch.nn.Dropout: "p", torch.nn.MultiheadAttention: "dropout"}
+    return [
+        (layer, name)
+        for layer in model.modules()
+        for kind, name in names.items()
+        if isinstance(layer, kind)
+    ]
 
 
 def fastest_optimizer(
@@ -305,5 +318,7 @@ def fastest_optimizer(
             wait()
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
+    if not times:  # it is for sparse gradients alone
+        return make_optimizer(model.parameters()), "for sparse gradients"
     best = min(times, key=lambda name: times[name])
     return make_optimizer(model.parameters(), **ways[best]), best

@@ -35,12 +35,20 @@ class Row:
             "counter" for a number that only PyTorch keeps, 0 at the start.
         flattened: for a dense layer after a flattened image, that image's (H, W, C): Linen's inputs
             come in the order of NHWC, PyTorch's in that of NCHW.
+        shape: in Linen, where the array has more axes there than in PyTorch, such as (D, N, K) of the
+            queries of several heads; () otherwise.
+        inputs: how many of the first axes of that shape are those of the input.
+        part: (i, n) of the i-th of n arrays in Linen that PyTorch has as one, one after another along
+            the outputs, such as queries, keys and values.
     """
 
     linen: str
     torch: str
     layout: str = "same"
     flattened: tuple[int, int, int] | None = None
+    shape: tuple[int, ...] = ()
+    inputs: int = 1
+    part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -49,6 +57,8 @@ class Row:
     @property
     def module(self) -> tuple[str, str]:
         """The layer that the array belongs to: its path in Linen and its name in PyTorch."""
+        if self.part[1] > 1:
+            return "", self.torch.rpartition(".")[0]  # its output is that of several
         parts = self.linen.split("/")[1:-1]
         return "/".join(parts), self.torch.rpartition(".")[0]
 
@@ -58,6 +68,10 @@ class Row:
         Raises:
             ValueError: if its shape isn't that of the row's layout.
         """
+        if self.shape:
+            if array.shape != self.shape:
+                raise ValueError(f"{self.linen} is {array.shape}; this table is for {self.shape}")
+            array = array.reshape(math.prod(self.shape[: self.inputs]), -1)
         if self.layout == "conv":
             self._check(array, 4)
             return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
@@ -76,6 +90,17 @@ class Row:
         Raises:
             ValueError: if its shape isn't that of the row's layout.
         """
+        array = self._without_axes(array)
+        if self.shape and array.size != math.prod(self.shape):
+            raise ValueError(f"{self.torch} has {array.size:,} numbers; {self.linen} is {self.shape}")
+        return array.reshape(self.shape) if self.shape else array
+
+    @property
+    def outputs_axis(self) -> int:
+        """The axis of PyTorch's array along which its outputs lie."""
+        return 0 if self.layout in ("dense", "conv") else -1
+
+    def _without_axes(self, array: np.ndarray) -> np.ndarray:
         if self.layout == "conv":
             self._check(array, 4)
             return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
@@ -141,6 +166,25 @@ def batch_norm(linen: str, torch: str = "", *, use_scale: bool = True) -> tuple[
     )
 
 
+def embedding(linen: str, torch: str = "") -> tuple[Row, ...]:
+    """The row of a table of vectors."""
+    return (Row(f"params/{linen}/embedding", f"{torch or linen.replace('/', '.')}.weight"),)
+
+
+def lstm(linen: str, torch: str, *, num_layers: int, is_bidirectional: bool) -> tuple[Row, ...]:
+    """The rows of an LSTM, PyTorch's with its second bias taken away: it adds nothing to the first."""
+    rows = []
+    for i in range(num_layers):
+        for name, suffix in (("forward", ""), ("backward", "_reverse"))[: 1 + is_bidirectional]:
+            ours, theirs = f"params/{linen}/{name}{i + 1}", f"l{i}{suffix}"
+            rows += [
+                Row(f"{ours}/kernel", f"{torch}.weight_ih_{theirs}", "dense"),
+                Row(f"{ours}/recurrent_kernel", f"{torch}.weight_hh_{theirs}", "dense"),
+                Row(f"{ours}/bias", f"{torch}.bias_ih_{theirs}"),
+            ]
+    return tuple(rows)
+
+
 def only_params(table: Table) -> tuple[Row, ...]:
     """The rows of what the optimizer changes; gradients have these and no others."""
     return tuple(row for row in table if row.linen.startswith("params/"))
@@ -167,11 +211,14 @@ def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray
     arrays = flatten(variables)
     linen = [row.linen for row in table if row.linen]
     _check_names("Linen", linen, arrays)
-    _check_unique("PyTorch", [row.torch for row in table])
-    return {
-        row.torch: row.to_torch(np.asarray(arrays[row.linen])) if row.linen else np.zeros((), np.int64)
-        for row in table
-    }
+    state_dict = {}
+    for name, rows in _by_torch(table).items():
+        parts = [row.to_torch(np.asarray(arrays[row.linen])) for row in rows if row.linen]
+        if len(rows) == 1:
+            state_dict[name] = parts[0] if parts else np.zeros((), np.int64)
+        else:
+            state_dict[name] = np.concatenate(parts, axis=rows[0].outputs_axis)
+    return state_dict
 
 
 def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +234,7 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ParityError: if an array has no row, a row has no array, or a path comes twice.
     """
-    _check_names("PyTorch", [row.torch for row in table], state_dict)
+    _check_names("PyTorch", list(_by_torch(table)), state_dict)
     _check_unique("Linen", [row.linen for row in table if row.linen])
     variables: dict[str, Any] = {}
     for row in table:
@@ -196,7 +243,14 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
             place = variables
             for folder in folders:
                 place = place.setdefault(folder, {})
-            place[name] = row.to_linen(np.asarray(state_dict[row.torch]))
+            array, (i, count) = np.asarray(state_dict[row.torch]), row.part
+            if count > 1:
+                if array.shape[row.outputs_axis] % count:
+                    raise errors.ParityError(
+                        f"weights: PyTorch's {row.torch} is {array.shape}, not {count} equal parts"
+                    )
+                array = np.split(array, count, axis=row.outputs_axis)[i]
+            place[name] = row.to_linen(array)
     return variables
 
 
@@ -217,10 +271,29 @@ def _check_names(side: str, rows: Sequence[str], arrays: Iterable[str]) -> None:
     _check_unique(side, rows)
     missing = sorted(set(rows) - set(arrays))
     unused = sorted(set(arrays) - set(rows))
+    wrong = []
     if missing:
-        raise errors.ParityError(f"weights: {side} has no {', '.join(missing)}, which the table names")
+        wrong.append(f"{side} has no {', '.join(missing)}, which the table names")
     if unused:
-        raise errors.ParityError(f"weights: the table has no row for {', '.join(unused)} of {side}")
+        wrong.append(f"the table has no row for {', '.join(unused)} of {side}")
+    if wrong:
+        raise errors.ParityError(f"weights: {'; '.join(wrong)}")
+
+
+def _by_torch(table: Table) -> dict[str, list[Row]]:
+    """The rows of each of PyTorch's arrays, its parts in order."""
+    found: dict[str, list[Row]] = {}
+    for row in table:
+        found.setdefault(row.torch, []).append(row)
+    for name, rows in found.items():
+        rows.sort(key=lambda row: row.part)
+        count = rows[0].part[1]
+        if [row.part for row in rows] != [(i, count) for i in range(count)]:
+            # One part twice, or one that is missing.
+            is_twice = len({row.part for row in rows}) < len(rows) or count == 1
+            what = "twice" if is_twice else f"for {len(rows)} of {count} parts"
+            raise errors.ParityError(f"weights: the table names {name} of PyTorch {what}")
+    return found
 
 
 def _check_unique(side: str, rows: Sequence[str]) -> None:

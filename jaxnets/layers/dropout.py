@@ -5,10 +5,11 @@ in the batch, with the sharding and with gradient accumulation. Here the mask is
 layer's key (which holds the step), the row's id and the place in the row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -37,7 +38,7 @@ def without_dropout() -> Iterator[None]:
         _is_off.reset(token)
 
 
-def dropout(x: Array, rate: float, *, key: Array, rows: Array) -> Array:
+def dropout(x: Array, rate: float, *, key: Array, rows: Array, places: Array | None = None) -> Array:
     """Set each element to 0 with probability `rate`, and scale the others by 1 / (1 - rate).
 
     Args:
@@ -45,6 +46,7 @@ def dropout(x: Array, rate: float, *, key: Array, rows: Array) -> Array:
         rate: probability, in [0, 1]; rounded to a multiple of 2**-32.
         key: a PRNG key.
         rows: `[B]`, the id of each row.
+        places: as of `jaxnets.ops.row_bits`.
 
     Returns:
         `[B, ...]`, of x's dtype.
@@ -59,7 +61,7 @@ def dropout(x: Array, rate: float, *, key: Array, rows: Array) -> Array:
     if rate == 1:
         return jnp.zeros_like(x)
     threshold = min(round(rate * 2**32), 2**32 - 1)
-    keep = row_bits(key, rows, x.shape[1:]) >= jnp.uint32(threshold)
+    keep = row_bits(key, rows, x.shape[1:], places) >= jnp.uint32(threshold)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -73,13 +75,16 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, rows: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool, rows: Array | None = None, places: Array | None = None
+    ) -> Array:
         """Drop out in training, do nothing otherwise.
 
         Args:
             x: `[B, ...]`.
             train: whether this is training.
             rows: `[B]`, the id of each row; its place in the global batch by default.
+            places: as of `jaxnets.ops.row_bits`.
 
         Returns:
             `[B, ...]`.
@@ -88,4 +93,35 @@ class Dropout(nn.Module):
             return x
         if rows is None:
             rows = partition.default_rows(x.shape[0])
-        return dropout(x, self.rate, key=self.make_rng("dropout"), rows=rows)
+        return dropout(x, self.rate, key=self.make_rng("dropout"), rows=rows, places=places)
+
+    def of_parts(
+        self,
+        *,
+        train: bool,
+        rows: Array | None = None,
+        places_of: Callable[..., Array] | None = None,
+    ) -> Callable[..., Array] | None:
+        """Dropout of an array that comes in parts, for functions that JAX transforms, as for remat.
+
+        Modules can't be called there.
+
+        Args:
+            train: whether this is training.
+            rows: `[B]`, as above.
+            places_of: `places_of(row_shape)` gives the places of a part.
+
+        Returns:
+            `drop(x, i=i)` for part i, `[B, ...]`, with masks that differ between parts; None if there is
+            nothing to drop.
+        """
+        if not train or self.rate == 0 or _is_off.get():
+            return None
+        key = self.make_rng("dropout")
+
+        def drop(x: Array, i: Array) -> Array:
+            of = partition.default_rows(x.shape[0]) if rows is None else rows
+            places = None if places_of is None else places_of(x.shape[1:])
+            return dropout(x, self.rate, key=jax.random.fold_in(key, i), rows=of, places=places)
+
+        return drop

@@ -1,10 +1,12 @@
 """A table of vectors, one for each token or position."""
 
+import chex
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.ops.partition import constrain
+from jaxnets.ops.partition import constrain, has_some_rows
+from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
 
@@ -52,9 +54,13 @@ class Embedding(nn.Module):
     axis: str | None = None
 
     def setup(self) -> None:
-        """Make the table."""
+        """Make the table, or take the one that is there: of a step on rows it has these alone."""
         shape = (self.num_embeddings, self.width)
-        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+        if has_some_rows():
+            self.embedding = self.get_variable("params", "embedding")
+            chex.assert_shape(self.embedding, (None, self.width))
+        else:
+            self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, indices: Array) -> Array:
         """Rows `[..., D]` for integers `[...]`."""
@@ -65,4 +71,4 @@ class Embedding(nn.Module):
     def attend(self, x: Array) -> Array:
         """Products with every row, `[..., D]` to `[..., V]`."""
         dtype = self.dtype or jnp.result_type(x, self.embedding)
-        return jnp.einsum("...D,VD->...V", x.astype(dtype), self.embedding.astype(dtype))
+        return product(x.astype(dtype), self.embedding.astype(dtype).T)

@@ -10,13 +10,14 @@ from jaxnets.typing import Array, Params, PyTree
 
 
 def functional(
-    model: nn.Module, example: jax.ShapeDtypeStruct
+    model: nn.Module, example: PyTree
 ) -> tuple[Callable[[Array], tuple[Params, PyTree]], Callable[..., tuple[Array, PyTree]]]:
     """Split a module into its parameters' start and its computation.
 
     Args:
         model: called as `model(x, train=..., rows=..., mask=...)`.
-        example: shape and dtype of its input; the shape counts, its content doesn't.
+        example: shape and dtype of its input, or of each of them, as a `jax.ShapeDtypeStruct`; the
+            shape counts, its content doesn't.
 
     Returns:
         `init_fn(key) -> (params, model_state)` and
@@ -34,18 +35,19 @@ def functional(
     """
 
     def init_fn(key: Array) -> tuple[Params, PyTree]:
-        variables = dict(model.init(key, jax.numpy.zeros(example.shape, example.dtype)))
+        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), example)
+        variables = dict(model.init(key, zeros))
         return variables.pop("params"), variables
 
     def apply_fn(
         params: Params,
         model_state: PyTree,
-        x: Array,
+        x: PyTree,
         *,
         train: bool,
         key: Array | None = None,
         rows: Array | None = None,
-        mask: Array | None = None,
+        mask: PyTree = None,
     ) -> tuple[Array, PyTree]:
         variables = {"params": params, **model_state}
         rngs: Any = {} if key is None else {"dropout": key}

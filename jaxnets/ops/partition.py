@@ -25,6 +25,7 @@ _micro: contextvars.ContextVar[tuple[Array | int, int]] = contextvars.ContextVar
     "micro_batch", default=(0, 1)
 )
 _first: contextvars.ContextVar[Array | int] = contextvars.ContextVar("first_row", default=0)
+_some_rows: contextvars.ContextVar[bool] = contextvars.ContextVar("some_rows", default=False)
 _rules: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
     "activation_rules", default=None
 )
@@ -62,6 +63,23 @@ def data_sum(tree: PyTree) -> PyTree:
     return tree if name is None else lax.psum(tree, name)
 
 
+def data_gather(x: Array) -> Array:
+    """The rows of all devices that hold the parts of a batch, `[B, ...]`, in order.
+
+    Under `jit` arrays are global and this does nothing; under `pmap` it is `lax.all_gather`.
+    """
+    name = _axis.get()
+    return x if name is None else lax.all_gather(x, name, tiled=True)
+
+
+def own_part(x: Array, num_rows: int) -> Array:
+    """This device's rows, `[num_rows, ...]`, of what is the same on all devices; under `jit` all."""
+    name = _axis.get()
+    if name is None:
+        return x
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(name) * num_rows, num_rows)
+
+
 @contextlib.contextmanager
 def micro_batch(number: Array | int, of: int) -> Iterator[None]:
     """While this is open, the rows in hand are `number`, `number + of`, ... of a device's part."""
@@ -80,6 +98,21 @@ def first_row(row: Array | int) -> Iterator[None]:
         yield
     finally:
         _first.reset(token)
+
+
+@contextlib.contextmanager
+def some_rows() -> Iterator[None]:
+    """While this is open, tables of embeddings may have other numbers of rows than they should."""
+    token = _some_rows.set(True)
+    try:
+        yield
+    finally:
+        _some_rows.reset(token)
+
+
+def has_some_rows() -> bool:
+    """Whether `some_rows` is open: in a step on the rows that a batch uses."""
+    return _some_rows.get()
 
 
 def default_rows(num_rows: int) -> Array:

@@ -66,8 +66,26 @@ entries: dict[str, dict[str, Entry]] = {
         speednet="models.speednet:speednet",
     ),
     "language_model": _built_in(
+        gpt="models.gpt:gpt",
         gpt2_small="models.gpt:gpt2_small",
         gpt_100m="models.gpt:gpt_100m",
+    ),
+    "text_model": _built_in(
+        lstm_classifier="models.text_classifier:lstm_classifier",
+        weighted_naive_bayes="models.text_classifier:weighted_naive_bayes",
+    ),
+    "recommender": _built_in(
+        matrix_factorization="models.matrix_factorization:matrix_factorization",
+        embedding_dot="models.matrix_factorization:embedding_dot",
+        neumf="models.neumf:neumf",
+        two_tower="models.two_tower:two_tower",
+    ),
+    "text_encoder": _built_in(
+        bert_base="models.bert:bert_base",
+    ),
+    "translation_model": _built_in(
+        transformer="models.transformer:Transformer",
+        attention_rnn="models.attention_rnn:AttentionRNN",
     ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
@@ -87,12 +105,32 @@ entries: dict[str, dict[str, Entry]] = {
         muon="train.muon:muon",
         muon_sgd="train.muon:muon_sgd",
     ),
+    "row_optimizer": _built_in(
+        sgd="train.row_optim:sgd",
+        adagrad="train.row_optim:adagrad",
+        lazy_adam="train.row_optim:lazy_adam",
+    ),
     "dataset": _built_in(
         cifar10="data.cifar:load_cifar10",
         digits="data.digits:load_digits",
         mnist="data.idx:load_mnist",
         random_images="data.random_images:load_random_images",
     ),
+    "text_dataset": _built_in(
+        imdb="data.imdb:load_imdb",
+        made_reviews="data.texts:load_made_reviews",
+        random_texts="data.texts:load_random_texts",
+    ),
+    "ratings": {
+        name: Entry(f"jaxnets.data.{target}")
+        for name, target in {
+            "generated": "generated_ratings:load_generated",
+            "generated-1m": "generated_ratings:load_generated_1m",
+            "ml-latest-small": "movielens:load_latest_small",
+            "ml-100k": "movielens:load_100k",
+            "ml-1m": "movielens:load_1m",
+        }.items()
+    },
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
 loading: contextvars.ContextVar[str | None] = contextvars.ContextVar("loading", default=None)

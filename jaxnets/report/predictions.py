@@ -10,7 +10,7 @@ _MAX_NUMBERS = 30  # classes up to which each cell has its number
 
 
 def draw_predictions(folder: Path) -> None:
-    """Draw `confusion.png` and `samples.png` from the `predictions.npz` of a run folder.
+    """Draw `confusion.png` and, of images, `samples.png` from the `predictions.npz` of a run folder.
 
     Args:
         folder: of the run.
@@ -20,6 +20,8 @@ def draw_predictions(folder: Path) -> None:
         found = dict(file)
     names = [str(name) for name in found["class_names"]]
     draw_confusion(found["label"], found["prediction"], folder / "confusion.png", class_names=names)
+    if "sample_index" not in found:
+        return
     rows = found["sample_index"]
     draw_samples(
         found["sample_image"],

@@ -78,11 +78,21 @@ def begin_save(folder: Path, tree: PyTree) -> Callable[[], None]:
     return end
 
 
-def load(folder: Path, abstract: PyTree) -> PyTree:
-    """Read arrays, to where `abstract` says."""
+def load(folder: Path, abstract: PyTree, *, is_part: bool = False) -> PyTree:
+    """Read arrays, to where `abstract` says.
+
+    Args:
+        folder: that was written.
+        abstract: shapes, dtypes and shardings, of all arrays there.
+        is_part: whether it may lack some, which are not read then.
+    """
     before = _operation()
+    v1 = _orbax()
+    context = v1.Context()
+    context.pytree.loading.partial_load = is_part
     try:
-        return _orbax().load(str(folder), abstract)
+        with context:
+            return v1.load(str(folder), abstract)
     except Exception:
         _release_others(_BARRIERS_OF_A_LOAD, before)
         raise

@@ -32,7 +32,7 @@ from jaxnets.train.state import TrainState, as_dict
 from jaxnets.train.verdict import by_first, together
 from jaxnets.typing import PyTree
 
-_STATE = "state"
+STATE = "state"
 _TIMEOUT_S = 3600.0  # for what takes as long as the slowest disk does
 
 
@@ -152,10 +152,10 @@ class Checkpoints:
             CheckpointError: if there is no whole step, but damaged ones; or one can't be read at all.
         """
         lost = by_first("checkpoints/lost", self._lost)
-        damaged = {step: str(manifest.damaged(step, self._path(step) / MANIFEST)) for step in lost}
+        damaged = {step: str(manifest.damaged(step, self.path(step) / MANIFEST)) for step in lost}
         for step in reversed(self.steps()):
             try:
-                self._check_files(step)
+                self.check_files(step)
             except errors.DamagedError as error:
                 damaged[step] = str(error)
                 continue
@@ -178,7 +178,7 @@ class Checkpoints:
     def is_whole(self, step: int) -> bool:
         """Whether a step is there, and its files are what was written."""
         try:
-            self._check_files(step)
+            self.check_files(step)
         except errors.CheckpointError:
             return False
         return True
@@ -198,7 +198,7 @@ class Checkpoints:
 
         def amend() -> None:
             record = dataclasses.replace(self._manifest(step), score=score, extra=dict(extra))
-            manifest.write_manifest(self._path(step), record)
+            manifest.write_manifest(self.path(step), record)
 
         by_first("checkpoints/amend", amend)
         self._whole.pop(step, None)
@@ -230,12 +230,12 @@ class Checkpoints:
         record = Manifest(step, score, describe(copy), {}, dict(extra or {}), manifest.versions())
         array_store.prepare()
         wait_at_exit(self)
-        end = array_store.begin_save(self._path(step) / _STATE, copy)
+        end = array_store.begin_save(self.path(step) / STATE, copy)
         try:
             self._pending = self._executor.submit(self._write, end, record, set(keep))
         except RuntimeError as error:  # by then Python starts no work in threads any more
             with contextlib.suppress(OSError):
-                step_folder.remove(self._path(step))
+                step_folder.remove(self.path(step))
             raise self._failed(step, "the program is ending, or this was closed") from error
 
     def check(self) -> None:
@@ -287,12 +287,12 @@ class Checkpoints:
             there, here = found.arrays.get(name), wanted.get(name)
             if there != here:
                 raise errors.CheckpointError(
-                    f"the checkpoint in {self._path(step)} is of another model or optimizer: "
+                    f"the checkpoint in {self.path(step)} is of another model or optimizer: "
                     f"{name} is {there or 'missing'} there and {here or 'missing'} here"
                 )
         try:
             if self._whole.get(step) != found:
-                self._check_files(step)
+                self.check_files(step)
         except errors.DamagedError as error:
             raise errors.DamagedError(f"{error}; choose another step") from error
         loaded: list[PyTree] = []
@@ -332,7 +332,7 @@ class Checkpoints:
 
             def remove() -> None:
                 with contextlib.suppress(OSError):
-                    step_folder.remove(self._path(step))
+                    step_folder.remove(self.path(step))
 
             by_first("checkpoints/not copied", remove)
             if isinstance(error, errors.UserError):
@@ -342,13 +342,13 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: TrainState, wanted: Mapping[str, str]) -> PyTree:
         try:
-            restored = array_store.load(self._path(step) / _STATE, as_dict(abstract))
+            restored = array_store.load(self.path(step) / STATE, as_dict(abstract))
         except Exception as error:
-            manifest.check_is_there(self._path(step), step)
+            manifest.check_is_there(self.path(step), step)
             raise errors.CheckpointError(
-                f"the checkpoint in {self._path(step)} can't be read: {first_line(error)}"
+                f"the checkpoint in {self.path(step)} can't be read: {first_line(error)}"
             ) from error
-        manifest.check_is_there(self._path(step), step)  # else parts of it may be missing
+        manifest.check_is_there(self.path(step), step)  # else parts of it may be missing
         if describe(restored) != wanted:  # Orbax reads in threads, which know no context of JAX's
             raise errors.CheckpointError(
                 "the checkpoint holds 64-bit arrays: enable them for the whole process, JAX_ENABLE_X64=1"
@@ -357,7 +357,7 @@ class Checkpoints:
 
     def _begin(self, step: int) -> bool:
         """Make the step's folder; whether it is to be written."""
-        folder = self._path(step)
+        folder = self.path(step)
         if (folder / MANIFEST).exists():
             return False
         try:
@@ -374,7 +374,7 @@ class Checkpoints:
 
     def _write(self, end: Callable[[], None], record: Manifest, keep: set[int]) -> None:
         """What a save does behind: here nothing may be asked of the devices."""
-        folder = self._path(record.step)
+        folder = self.path(record.step)
 
         def write() -> dict[str, tuple[int, str]]:
             try:
@@ -383,7 +383,7 @@ class Checkpoints:
                 if hosts.is_first():
                     files.sync(folder)
                 end()
-                return manifest.seal_files(folder, array_store.own_files(folder / _STATE))
+                return manifest.seal_files(folder, array_store.own_files(folder / STATE))
             except Exception as error:
                 raise errors.CheckpointError(self._why(error)) from error
 
@@ -412,7 +412,7 @@ class Checkpoints:
         by_first("checkpoint/complete", complete, timeout_s=_TIMEOUT_S)
 
     def _complete(self, record: Manifest, parts: Sequence[Mapping[str, tuple[int, str]]]) -> None:
-        folder = self._path(record.step)
+        folder = self.path(record.step)
         for path in (folder, *folder.rglob("*/")):
             files.sync(path)
         written = {name: found for part in parts for name, found in sorted(part.items())}
@@ -427,7 +427,7 @@ class Checkpoints:
             self._discard(old)
 
     def _discard(self, step: int) -> None:
-        step_folder.remove(self._path(step))
+        step_folder.remove(self.path(step))
 
     def _lost(self) -> list[int]:
         paths = step_folder.numbered(self.folder)
@@ -449,21 +449,20 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> Manifest:
         try:
-            return manifest.read_manifest(self._path(step))
+            return manifest.read_manifest(self.path(step))
         except FileNotFoundError:
-            if step_folder.has_lost_manifest(path := self._path(step)):
+            if step_folder.has_lost_manifest(path := self.path(step)):
                 raise manifest.damaged(step, path / MANIFEST) from None
             there = ", ".join(map(str, self._steps())) or "none"
             why = f"no checkpoint of step {step} in {self.folder} (there are: {there})"
             raise errors.CheckpointError(why) from None
 
-    def _check_files(self, step: int) -> None:
-        """Make sure that a step is whole; each process looks at a part of it."""
-        found = self.manifest(step)
-        part = {"part": hosts.index(), "num_parts": hosts.count()}
+    def check_files(self, step: int) -> None:
+        """Raise DamagedError if a step isn't whole; each process looks at a part of it."""
+        found, index, count = self.manifest(step), hosts.index(), hosts.count()
         together(
             "checkpoints/check",
-            lambda: manifest.check_files(self._path(step), found, **part),
+            lambda: manifest.check_files(self.path(step), found, part=index, num_parts=count),
             timeout_s=_TIMEOUT_S,
         )
         self._whole[step] = found
@@ -472,7 +471,7 @@ class Checkpoints:
         lines = []
         for step, why in damaged.items():
             try:
-                aside = step_folder.set_aside(self._path(step))
+                aside = step_folder.set_aside(self.path(step))
             except OSError as error:
                 raise errors.CheckpointError(
                     f"{why}; it can't be renamed: {first_line(error)}"
@@ -496,5 +495,6 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self.folder}: {why}; {last}"
         )
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
         return self.folder / f"{step:08d}"

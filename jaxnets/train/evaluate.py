@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnets.ops.partition import data_axis, data_sum
+from jaxnets.train.shapes import shapes_of
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Batch, EvalFn, Indexed, PyTree
 
@@ -47,7 +48,7 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[str], None] = lambda section: None,
-    has_compiled: bool = False,
+    known: set[tuple] | None = None,
 ) -> dict[str, float | int]:
     """Evaluate over all batches.
 
@@ -58,8 +59,8 @@ def evaluate(
         state: read only.
         batches: an indexable sequence of batches or draws, with masks.
         should_stop: asked before each batch.
-        beat: told what begins: "evaluate" with each batch, but "compile" with the first one.
-        has_compiled: whether eval_step has been called before, so that no batch compiles it.
+        beat: told what begins: "evaluate" with each batch, but "compile" with the first of a shape.
+        known: the shapes of batches that eval_step has been called with before; new ones are added.
 
     Returns:
         each metric's value, and "count", the number of examples.
@@ -67,13 +68,17 @@ def evaluate(
     Raises:
         Stopped: if it should stop.
     """
-    parts = []
+    parts, known = [], set() if known is None else known
     for i in range(len(batches)):
         if should_stop():
             raise Stopped
-        beat("evaluate" if i or has_compiled else "compile")
-        parts.append(eval_step(state, batches[i]))
-        if not i and not has_compiled:
+        batch = batches[i]
+        shapes = shapes_of(batch)
+        is_new = shapes not in known
+        beat("compile" if is_new else "evaluate")
+        parts.append(eval_step(state, batch))
+        if is_new:
+            known.add(shapes)
             jax.block_until_ready(parts)
             beat("evaluate")
         if i >= IN_FLIGHT:  # or batches would pile up on the device

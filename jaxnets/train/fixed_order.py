@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnets import defects
 from jaxnets.ops.partition import first_row
-from jaxnets.train.mesh import gather_rows, in_order
+from jaxnets.train.mesh import gather_rows, in_order, without_overlap
 from jaxnets.train.programs import CAREFUL_CPU_OPTIONS, CPU_OPTIONS, chosen, meeting
 from jaxnets.typing import Array, PyTree
 
@@ -116,9 +116,9 @@ class _Shards:
         self._everywhere = NamedSharding(mesh, P())
         self._gather = _make_gather(mesh)
         self._has_arrays = arrays is not None
+        kept = jax.tree.map(without_overlap, dict(arrays or {}))
         self._resident = {
-            k: {name: _placed(x, at) for name, x in (arrays or {}).items()}
-            for k, at in self.devices.items()
+            k: jax.tree.map(lambda x, at=at: _placed(x, at), kept) for k, at in self.devices.items()
         }
 
     def compile(self, fn: Callable) -> dict[int, Callable]:

@@ -249,7 +249,7 @@ class ShowProgress:
         batch_size: int,
         evaluate: Evaluate,
         *,
-        unit: str = "images",
+        unit: str = "examples",
         every_s: float = 5.0,
         first: int = 0,
         clock: Clock | None = None,

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxnets import errors
+from jaxnets.train.shapes import shapes_of
 from jaxnets.train.state import TrainState
 from jaxnets.typing import Hook, Indexed
 
@@ -197,15 +198,17 @@ def fit(
             begin = max(begin for begin in programs if begin <= i)
             count = several.num_steps if several and several.fits(i, end) else 1
             program = several.programs[begin] if several and count > 1 else programs[begin]
-            is_new = id(program) not in known
-            known.add(id(program))
-            if is_new and previous is not None:
-                previous.check()  # or its time would be taken for compilation
             start = time.perf_counter()
             # 1. Draw the batch, or several.
             beat("data")
             batch = batches[i] if count == 1 else stack([batches[i + k] for k in range(count)])
             drawn = time.perf_counter()
+            kind = id(program), shapes_of(batch)
+            is_new = kind not in known
+            known.add(kind)
+            if is_new and previous is not None:
+                previous.check()  # or its time would be taken for compilation
+            handed = time.perf_counter()
             # 2. Dispatch; the device works while we go on.
             beat("compile" if is_new else "step")
             state, values = program(state, batch)
@@ -217,7 +220,7 @@ def fit(
                 beat("step")
             dispatched = time.perf_counter()
             if is_new:
-                clock.compile += dispatched - start
+                clock.compile += drawn - start + dispatched - handed
                 clock.first_step = clock.first_step or dispatched
             places = [None] if count == 1 else range(count)
             done = [
@@ -227,7 +230,7 @@ def fit(
             i += count
             if not is_new:
                 clock.data += drawn - start
-                clock.dispatch += dispatched - drawn
+                clock.dispatch += dispatched - handed
                 clock.steps += count
             # 3. Read the guard of the step before these: late, so that the device always has work.
             if previous is not None:

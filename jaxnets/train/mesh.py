@@ -181,15 +181,51 @@ def _same(x: Array) -> Array:
     return x
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Overlapping:
+    """Rows that overlap, such as windows of a text, kept as what they are cut out of.
+
+    Attributes:
+        whole: `[N + L - 1]`.
+        length: L; row i is `whole[i : i + L]`.
+    """
+
+    whole: Any
+    length: int = dataclasses.field(metadata={"static": True})
+
+
+def without_overlap(x: Any) -> Any:
+    """An array `[N, L]` whose rows are windows of one row in memory as `Overlapping`; others stay.
+
+    `numpy.lib.stride_tricks.sliding_window_view` makes such arrays; a device would get L copies.
+    """
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or min(x.shape) < 2:
+        return x
+    if x.strides[0] != x.strides[1] or x.strides[1] != x.itemsize:
+        return x
+    size = x.shape[0] + x.shape[1] - 1
+    whole = np.lib.stride_tricks.as_strided(x, (size,), (x.itemsize,), writeable=False)
+    return Overlapping(whole, x.shape[1])
+
+
+def _rows(x: Any, index: Array) -> Array:
+    if isinstance(x, Overlapping):
+        return jnp.take(
+            x.whole, index[..., None] + jnp.expand_dims(jnp.arange(x.length), range(index.ndim))
+        )
+    return jnp.take(x, index, axis=0)
+
+
 def gather_rows(arrays: Mapping[str, Array], draw: Mapping[str, Array]) -> dict[str, Any]:
     """The batch that a draw names: the rows of every array, and the draw itself.
 
     If the draw has partners their rows and their index are `batch["partner"]`.
     """
-    batch: dict[str, Any] = {name: jnp.take(x, draw["index"], axis=0) for name, x in arrays.items()}
+    batch: dict[str, Any] = {name: _rows(x, draw["index"]) for name, x in arrays.items()}
     batch |= draw
     if "partner" in draw:
-        rows = {name: jnp.take(x, draw["partner"], axis=0) for name, x in arrays.items()}
+        rows = {name: _rows(x, draw["partner"]) for name, x in arrays.items()}
         batch["partner"] = rows | {"index": draw["partner"]}
     return batch
 

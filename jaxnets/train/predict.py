@@ -26,7 +26,7 @@ def make_predict_step(
 
     Returns:
         the step; of each row it gives "label" and "prediction", int32 `[B]`, "probability", float32
-        `[B]`, which is the model's of its prediction, and the batch's "mask".
+        `[B]`, which is the model's of its prediction, and the batch's "mask" and "index".
     """
     if axis_name is not None:
         raise ValueError("predictions are rows, which no mapped axis adds up: compile them with jit")
@@ -39,16 +39,17 @@ def make_predict_step(
             "prediction": jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
             "probability": jnp.max(jax.nn.softmax(logits_BV), axis=-1),
             "mask": batch["mask"],
+            "index": batch["index"],
         }
 
     return step
 
 
 def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> dict[str, np.ndarray]:
-    """The rows of all batches that their masks have, in order.
+    """The rows of all batches that their masks have, in the order of their examples.
 
     Args:
-        step: compiled, `step(state, batch_or_draw) -> {name: [B]}`, "mask" among them.
+        step: compiled, `step(state, batch_or_draw) -> {name: [B]}`, "mask" and "index" among them.
         state: read only.
         batches: an indexable sequence of batches or draws, with masks.
 
@@ -62,7 +63,9 @@ def predict(step: Callable[..., Any], state: TrainState, batches: Indexed) -> di
             parts[i - IN_FLIGHT] = jax.device_get(parts[i - IN_FLIGHT])
     rows = jax.device_get(parts)
     masks = np.concatenate([part.pop("mask") for part in rows])
-    return {name: np.concatenate([part[name] for part in rows])[masks] for name in rows[0]}
+    index = np.concatenate([part.pop("index") for part in rows])[masks]
+    in_order = np.argsort(index, kind="stable")
+    return {name: np.concatenate([part[name] for part in rows])[masks][in_order] for name in rows[0]}
 
 
 def save_predictions(
@@ -78,15 +81,13 @@ def save_predictions(
         path: of the file.
         predictions: `{name: [M]}`, as `predict` gives them.
         class_names: one for each class, or none at all.
-        samples: some of the images `[H, W, C]`, all of one shape, by the number of their row.
+        samples: some of the images `[H, W, C]`, all of one shape, by the number of their row; none of
+            other data.
     """
-    numbers = np.asarray(list(samples), np.int64)
-    arrays = {
-        **predictions,
-        "class_names": np.asarray(class_names, np.str_),
-        "sample_index": numbers,
-        "sample_image": np.stack(list(samples.values())),
-    }
+    arrays = {**predictions, "class_names": np.asarray(class_names, np.str_)}
+    if samples:
+        arrays["sample_index"] = np.asarray(list(samples), np.int64)
+        arrays["sample_image"] = np.stack(list(samples.values()))
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(path, content.getvalue())

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, that it can be written, and that nobody else writes into it."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from jaxnets.train.folder_lock import LOCK, NOW, locked
 from jaxnets.train.verdict import by_first, together
 
 CONFIG = "config.json"
+ASSETS = "assets"
 _CHECKPOINTS = "checkpoints"
 _PROBE = ".probe"
 _TOKEN = ".shared"
@@ -88,10 +90,77 @@ def open_run(
         yield folder
 
 
-def write_config(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
-    """Write config.json; of several processes the first one does."""
-    text = json.dumps({"experiment": experiment, "config": dict(values)}, indent=1) + "\n"
-    by_first("run folder/config", lambda: write_atomically(folder / CONFIG, text))
+def write_config(
+    folder: Path,
+    experiment: str,
+    values: Mapping[str, Any],
+    assets: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write config.json; of several processes the first one does.
+
+    Args:
+        folder: of the run.
+        experiment: its name.
+        values: the config, as `config.to_json` gives it.
+        assets: files that belong to the model, by name, such as its vocabulary; `read_asset` reads them.
+    """
+
+    def write() -> None:
+        content: dict[str, Any] = {"experiment": experiment, "config": dict(values)}
+        if assets:
+            make_folders(folder / ASSETS)
+            for name, data in assets.items():
+                write_atomically(folder / ASSETS / name, data)
+            content["assets"] = {name: _digest(data) for name, data in assets.items()}
+        write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+
+    by_first("run folder/config", write)
+
+
+def read_asset(folder: Path, name: str) -> bytes:
+    """A file that belongs to the model of a run, such as its vocabulary.
+
+    Raises:
+        ConfigError: if the run has no such file, or it is another than the model was trained with.
+    """
+    path = folder / ASSETS / name
+    known = _known_assets(folder)
+    if name not in known:
+        raise errors.ConfigError(f"the run in {folder} has no {name}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise errors.ConfigError(f"{path} can't be read: {errors.first_line(error)}") from None
+    if _digest(data) != known[name]:
+        raise errors.ConfigError(f"{path} is not the one that the run was trained with")
+    return data
+
+
+def check_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
+    """Refuse to go on with a run whose model has other files, such as another vocabulary.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    known = _known_assets(folder)
+    for name in sorted(known.keys() | assets.keys()):
+        if name not in assets or _digest(assets[name]) != known.get(name):
+            raise errors.ConfigError(
+                f"the run in {folder} was trained with another {name}: its data has changed; choose "
+                "another --run-dir, or --no-resume to start anew"
+            )
+
+
+def _known_assets(folder: Path) -> Mapping[str, str]:
+    """The digest of each."""
+    read_config(folder)  # which says what is wrong with it
+    return json.loads((folder / CONFIG).read_text()).get("assets", {})
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _open(

@@ -15,6 +15,11 @@ _WIDE = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128
 _NARROW = {np.dtype(wide): np.dtype(narrow) for wide, narrow in _WIDE.items()}  # what JAX makes of them
 
 
+def shapes_of(batch: PyTree) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's arrays, for each of which a step is a program of its own."""
+    return tuple(np.shape(x) for x in jax.tree.leaves(batch))
+
+
 class ShapeGuard:
     """Calls a compiled `step(state, batch)` and warns of what makes it compile anew.
 

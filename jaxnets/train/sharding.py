@@ -34,6 +34,7 @@ from jaxnets.train.mesh import (
     gather_rows,
     make_mesh,
     shard_by_rules,
+    without_overlap,
 )
 from jaxnets.train.programs import CAREFUL_CPU_OPTIONS, CPU_OPTIONS, chosen, in_a_row
 from jaxnets.typing import Array, PyTree
@@ -91,8 +92,12 @@ class Strategy:
         return not self.mesh.is_multi_process
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Put a copy of every array on each device; every process has the same arrays."""
+        """Put a copy of every array on each device; every process has the same arrays.
+
+        Rows of an array that overlap in memory do so there, too.
+        """
         everywhere = NamedSharding(self.mesh, P())
+        tree = jax.tree.map(without_overlap, tree)
         if self.has_all:
             return jax.device_put(tree, everywhere)
         return jax.tree.map(lambda x: _global(x, everywhere), tree)

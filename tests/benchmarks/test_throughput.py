@@ -92,7 +92,7 @@ def test_every_workload_can_be_built(workload, monkeypatch):
     monkeypatch.setattr(duel, "compare", lambda *args: seen.append(args))
     throughput.run_workload(workload, 1.0, {})
     ((module, recipe, config, options, _),) = seen
-    assert module == "experiments.cifar10"
+    assert module == workload.module
     assert (recipe.batch_size, config.model) == (workload.batch_size, workload.model)
     duel.check(recipe, options)
 

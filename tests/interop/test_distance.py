@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxnets.interop.distance import MOST_ALLOWED, allowed, distances
+from jaxnets.interop.distance import MOST_ALLOWED, allowed, distances, only_rounding
 
 
 def test_the_largest_difference_over_the_largest_magnitude():
@@ -21,6 +21,14 @@ def test_a_tensor_that_is_only_rounding_has_no_magnitude(exact):
     assert distances(near, expected) == {"kernel": 0.0, "bias": 0.0}
     far = near | {"bias": np.array([1e-3], np.float32)}
     assert distances(far, expected)["bias"] == np.inf
+
+
+def test_what_is_only_rounding():
+    tensors = {"kernel": 1.0, "bias": 1e-17, "small": 1e-12, "zero": 0.0}
+    assert only_rounding({name: np.array([x]) for name, x in tensors.items()}) == {"bias"}
+    in_float32 = {name: np.array([x], np.float32) for name, x in tensors.items()}
+    assert only_rounding(in_float32) == {"bias", "small"}
+    assert only_rounding({}) == set()
 
 
 def test_what_is_allowed():

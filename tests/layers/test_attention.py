@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jaxnets import ops
 from jaxnets.layers import SelfAttention, attention
 
 B, T, N, K = 3, 6, 2, 5
@@ -61,6 +62,29 @@ def test_another_number_of_keys_than_queries(num_keys, x64):
     query, (_, key, value) = draw()[0], draw(length=num_keys)
     expected = by_hand(query, key, value)
     np.testing.assert_allclose(attention(query, key, value), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask_axes", [0, 2, 3])
+@pytest.mark.parametrize("length", [64, 65, 150, 600])
+def test_blocks_of_a_long_causal_sequence_are_the_whole(length, mask_axes, x64):
+    """On a CPU; 600 places are more than eight blocks of the shortest kind."""
+    rng = np.random.default_rng(2)
+    arrays = [jnp.asarray(rng.normal(size=(2, length, 1, 2))) for _ in range(4)]
+    shape = {0: None, 2: (2, length), 3: (2, length, length)}[mask_axes]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 0.5)
+
+    def of(query, key, value, weights):
+        out = attention(query, key, value, is_causal=True, mask=mask)
+        return jnp.sum(weights * out), out
+
+    with ops.plain():
+        (_, expected), grads = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(*arrays)
+    (_, found), others = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(*arrays)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(others, grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    products = str(jax.make_jaxpr(of)(*arrays)).count("dot_general")
+    assert products == 2 * {64: 1, 65: 2, 150: 3, 600: 8}[length]
 
 
 def test_a_single_place_sees_itself():

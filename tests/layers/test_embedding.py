@@ -1,9 +1,12 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets.layers import Einsum, Embedding, embed
+from jaxnets import ops
+from jaxnets.layers import Embedding, Linear, embed
 
 
 def test_rows_of_a_table_and_nan_for_none():
@@ -37,15 +40,22 @@ def test_products_with_every_row():
     assert half.apply(variables, jnp.array([1])).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("bias_shape", [(), (2, 5), (5,)])
-def test_a_linear_map_of_named_axes(bias_shape, x64):
-    layer = Einsum("BD,DNK->BNK", (4, 2, 5), bias_shape=bias_shape)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize(
+    ("features", "num_inputs", "equation"),
+    [((2, 5), 1, "BTNK,KXY->BTNXY"), ((6,), 2, "BTNK,NKX->BTX"), ((6,), 4, "BTNK,BTNKX->X")],
+)
+def test_a_linear_map_of_the_last_axes(features, num_inputs, equation, use_bias, x64):
+    layer = Linear(features, num_inputs, use_bias)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5, 4)))
     params = layer.init(jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     params = {k: v + 0.5 for k, v in params.items()}
-    expected = np.einsum("BD,DNK->BNK", x, params["kernel"])
-    if bias_shape:
+    expected = np.einsum(equation, x, params["kernel"])
+    if use_bias:
         assert params["bias"].ndim == 1
-        expected = expected + np.asarray(params["bias"]).reshape(bias_shape)
-    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-12)
+        expected = expected + np.asarray(params["bias"]).reshape(features)
+    with contextlib.ExitStack() as stack:
+        for form in (contextlib.nullcontext, ops.plain):
+            stack.enter_context(form())
+            np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-12)

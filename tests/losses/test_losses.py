@@ -95,7 +95,8 @@ def arguments(case, seed=0):
 
 def test_every_exported_loss_is_tested_here():
     exported = {name for name, value in vars(losses).items() if inspect.isfunction(value)}
-    assert exported == {case.name for case in CASES}
+    elsewhere = {"chunked_cross_entropy"}  # in a file of its own
+    assert exported == {case.name for case in CASES} | elsewhere
 
 
 @every_case

@@ -80,18 +80,31 @@ def test_weights_start_as_they_should():
     assert not same.any()
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_outputs_and_gradients(tie_embeddings):
-    params, batch = start(tie_embeddings=tie_embeddings), batch_of()
-    _, apply_fn = tiny(tie_embeddings=tie_embeddings)
+MODERN = {"positions": "rotary", "use_bias": False, "use_tanh": False, "chunk": 3}
+every_variant = pytest.mark.parametrize("fields", [{}, MODERN], ids=["GPT-2", "rotary, in chunks"])
+
+
+def test_without_biases_and_positions_there_are_fewer_parameters():
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(GPT(**{**TINY, **MODERN})))
+    ]
+    assert not [path for path in paths if "bias" in path or "position" in path]
+    assert len(paths) == 2 + 8 * TINY["num_layers"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, MODERN])
+def test_outputs_and_gradients(fields):
+    params, batch = start(**fields), batch_of()
+    _, apply_fn = tiny(**fields)
     eager, _ = apply_fn(params, {}, batch["tokens"], train=False)
     assert (eager.shape, eager.dtype) == ((B, T, V), jnp.float32)
-    run = evaluate(tie_embeddings=tie_embeddings)
+    run = evaluate(**fields)
     assert_close(run(params, batch["tokens"]), eager, 1e-5)
     # A mask of rows that fill up a batch, as models of images take it, changes nothing.
     filled = run(params, batch["tokens"], np.arange(B) < 3)
     assert_equal(filled, run(params, batch["tokens"]))
-    _, grads = compiled(tie_embeddings=tie_embeddings)(params, batch)
+    _, grads = compiled(**fields)(params, batch)
     before, after = (jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (params, grads))
     assert before == after
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -115,13 +128,14 @@ def test_the_compute_dtype_is_not_that_of_the_parameters():
     assert sum(kind == "f32" for kind, *_ in dots) == TINY["num_layers"]
 
 
-def test_nothing_of_the_future_is_seen():
-    run, tokens = evaluate(), batch_of()["tokens"]
-    logits = np.asarray(run(start(), tokens))
+@every_variant
+def test_nothing_of_the_future_is_seen(fields):
+    run, tokens, params = evaluate(**fields), batch_of()["tokens"], start(**fields)
+    logits = np.asarray(run(params, tokens))
     for t in range(T):
         other = np.array(tokens)
         other[:, t:] = (other[:, t:] + 1 + np.arange(T - t)[None]) % V
-        changed = np.asarray(run(start(), other))
+        changed = np.asarray(run(params, other))
         np.testing.assert_array_equal(changed[:, :t], logits[:, :t])
         assert (changed[:, t:] != logits[:, t:]).any(-1).all()
 
@@ -218,7 +232,7 @@ def test_every_place_of_dropout_has_a_key_of_its_own(monkeypatch):
     def keys_of(key, rows):
         seen = []
 
-        def noted(x, rate, *, key, rows):
+        def noted(x, rate, *, key, rows, places):
             assert rate == 0.3
             seen.append(jnp.append(jax.random.key_data(key), rows.astype(jnp.uint32)))
             return x
@@ -244,7 +258,7 @@ def test_remat_computes_the_same_and_keeps_less(x64):
         kept[remat] = {leaf.shape for leaf in jax.tree.leaves(residuals)}
         if remat != "none":
             assert_close(compiled(**fields)(params, batch), expected, 1e-12)
-    weights, hidden = (B, TINY["num_heads"], T, T), (B, T, 4 * TINY["width"])
+    weights, hidden = (B, TINY["num_heads"], T, T), (B * T, 4 * TINY["width"])
     assert {weights, hidden} <= kept["none"]
     assert weights not in kept["dots"] | kept["full"]
     assert hidden in kept["dots"] - kept["full"]
@@ -257,6 +271,7 @@ def test_remat_computes_the_same_and_keeps_less(x64):
         ({}, np.zeros((1, 3)), r"integers \[B, T\], not float"),
         ({}, np.zeros(3, int), r"integers \[B, T\], not int\d+ \(3,\)"),
         ({"num_heads": 3}, np.zeros((1, 3), int), "a width of 16 doesn't split into 3 heads"),
+        ({"positions": "rotated"}, np.zeros((1, 3), int), "unknown kind of positions 'rotated'"),
         ({"remat": "ful"}, np.zeros((1, 3), int), "unknown remat policy 'ful': did you mean 'full'"),
     ],
 )

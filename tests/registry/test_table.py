@@ -24,7 +24,10 @@ EVERY = [(kind, name) for kind in registry.kinds() for name in registry.names(ki
 
 
 def test_kinds_and_names():
-    assert registry.kinds() == ["model", "language_model", "loss", "optimizer", "dataset"]
+    assert registry.kinds() == [
+        *("model", "language_model", "text_model", "recommender", "text_encoder", "translation_model"),
+        *("loss", "optimizer", "row_optimizer", "dataset", "text_dataset", "ratings"),
+    ]
     assert {"lenet", "convnet", "mlp"} <= set(registry.names("model"))
     for kind in registry.kinds():
         assert registry.names(kind) == sorted(registry.names(kind))

@@ -368,5 +368,5 @@ def test_the_progress_shows_what_the_time_went_into(monkeypatch):
         clock.data, clock.dispatch = 0.5 * (step - 1) ** 2, 1.0 * (step - 1)
         show(step, None, StepMetrics(step, {"loss": np.float32(1), "guard": np.int32(-1)}))
     first, second = text.getvalue().splitlines()
-    assert "5 images/s  MFU 5.0%  data wait 33%" in first  # 0.5 of 1.5 s
+    assert "5 examples/s  MFU 5.0%  data wait 33%" in first  # 0.5 of 1.5 s
     assert "MFU 5.0%  data wait 60%" in second  # 1.5 of 2.5 s since then

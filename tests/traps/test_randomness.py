@@ -245,9 +245,9 @@ def test_streams_of_one_seed_have_keys_of_their_own(monkeypatch):
     recipe = cifar10.make_recipe(config, RunOptions())
     seen = []
 
-    def record(key, rows, shape):
+    def record(key, rows, shape, places=None):
         seen.append(jax.random.key_data(key))
-        return row_bits(key, rows, shape)
+        return row_bits(key, rows, shape, places)
 
     for module in ("jaxnets.layers.dropout", "jaxnets.train.augment"):
         monkeypatch.setattr(sys.modules[module], "row_bits", record)

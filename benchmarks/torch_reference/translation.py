@@ -1,0 +1,180 @@
+"""The transformer that translates in PyTorch: its own encoder and decoder layers, one tied embedding.
+
+Written for speed as well: attention is PyTorch's fused one, with booleans for padding and for what comes
+later.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jaxnets import errors
+from jaxnets.data.subwords import BEGIN, PAD
+from jaxnets.interop import state_dict
+from jaxnets.interop.reference import Reference
+from jaxnets.models.transformer import sinusoids
+
+
+class Translator(nn.Module):
+    """As `jaxnets.models.Transformer` in its default form: sinusoidal places, normalisation first."""
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        max_length: int,
+        num_layers: int,
+        num_heads: int,
+        width: int,
+        hidden: int,
+        dropout_rate: float,
+    ):
+        super().__init__()
+        self.width = width
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        places = torch.from_numpy(sinusoids(max_length, width)).to(torch.get_default_dtype())
+        self.register_buffer("places", places, persistent=False)
+        self.source_dropout = nn.Dropout(dropout_rate)
+        self.target_dropout = nn.Dropout(dropout_rate)
+        how: dict[str, Any] = {"batch_first": True, "norm_first": True, "dropout": dropout_rate}
+        how |= {"dim_feedforward": hidden}
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(width, num_heads, **how),
+            num_layers,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,
+        )
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(width, num_heads, **how), num_layers, nn.LayerNorm(width)
+        )
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, T, V]` of each token of the target `[B, T]`, given those before it."""
+        is_padding = source == PAD
+        x = self.source_dropout(self._embedded(source))
+        memory = self.encoder(x, src_key_padding_mask=is_padding)
+        said = F.pad(target[:, :-1], (1, 0), value=BEGIN)
+        length = target.shape[1]
+        is_later = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
+        y = self.decoder(
+            self.target_dropout(self._embedded(said)),
+            memory,
+            tgt_mask=is_later,
+            memory_key_padding_mask=is_padding,
+            tgt_is_causal=True,
+        )
+        return F.linear(y, self.embedding.weight)
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        places: Any = self.places
+        return self.embedding(tokens) * self.width**0.5 + places[: tokens.shape[1]]
+
+
+def reference(
+    *,
+    model: str,
+    vocabulary_size: int,
+    max_length: int,
+    num_layers: int,
+    num_heads: int,
+    width: int,
+    hidden: int,
+    dropout_rate: float,
+    label_smoothing: float,
+    optimizer: str,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: str = "float32",
+    **others: Any,
+) -> Reference:
+    """Build the reference.
+
+    Args:
+        model: transformer.
+        vocabulary_size: V, of both sides together.
+        max_length: the longest sentence that it takes.
+        num_layers: of encoder and decoder each.
+        num_heads: N.
+        width: D.
+        hidden: F.
+        dropout_rate: probability of dropping an element.
+        label_smoothing: probability taken from the right token.
+        optimizer: adamw.
+        learning_rate: per step.
+        momentum: decay of the first moment.
+        weight_decay: of matrices alone.
+        dtype: float32.
+        others: parts of the recipe in use that the reference doesn't have.
+
+    Raises:
+        ConfigError: if it has no such model, optimizer or dtype, or there are other parts.
+    """
+    for name, given, known in (
+        ("model", model, "transformer"),
+        ("optimizer", optimizer, "adamw"),
+        ("dtype", dtype, "float32"),
+    ):
+        if given != known:
+            raise errors.unknown(f"{name} of the PyTorch reference", given, (known,))
+    if others:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise errors.ConfigError(f"the PyTorch reference does not have {flags}; leave it out")
+    sizes = (vocabulary_size, max_length, num_layers, num_heads, width, hidden, dropout_rate)
+
+    def predict_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["source"], batch["target"])
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits = predict_fn(model, batch).reshape(-1, vocabulary_size)
+        return F.cross_entropy(
+            logits, batch["target"].reshape(-1), ignore_index=PAD, label_smoothing=label_smoothing
+        )
+
+    def make_optimizer(
+        parameters: Iterable[nn.Parameter],
+        *,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+    ) -> torch.optim.Optimizer:
+        given = list(parameters)
+        groups = [
+            {"params": [p for p in given if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in given if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        how: Any = {"betas": (momentum, 0.999), "eps": 1e-8, "fused": fused, "foreach": foreach}
+        return torch.optim.AdamW(groups, lr=learning_rate, **how)
+
+    stack: Any = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
+    return Reference(
+        make_model=lambda: Translator(*sizes),
+        loss_fn=loss_fn,
+        predict_fn=predict_fn,
+        make_optimizer=make_optimizer,
+        make_resident=make_resident,
+        take=take,
+        weights=(
+            *state_dict.embedding("embedding", "embedding"),
+            *state_dict.encoder("encoder", "encoder", use_final_norm=True, **stack),
+            *state_dict.decoder("decoder", "decoder", use_final_norm=True, **stack),
+        ),
+    )
+
+
+def make_resident(
+    arrays: Mapping[str, np.ndarray], *, channels_last: bool = False
+) -> dict[str, torch.Tensor]:
+    """The corpus in memory, `source` and `target` `[N, L]`."""
+    del channels_last
+    return {name: torch.from_numpy(x.astype(np.int64)) for name, x in arrays.items()}
+
+
+def take(
+    resident: Mapping[str, torch.Tensor], index: torch.Tensor, *, channels_last: bool = False
+) -> dict[str, torch.Tensor]:
+    """The pairs of a draw, `[B, L]` each."""
+    del channels_last
+    return {name: x.index_select(0, index) for name, x in resident.items()}

@@ -1,0 +1,126 @@
+import csv
+import json
+
+import pytest
+
+from experiments import imdb_sentiment
+from jaxnets import cli
+
+SMALL = ["--width", "8", "--hidden", "8", "--max-length", "40", "--buckets", "20", "--batch-size", "64"]
+
+
+def run(*words):
+    return cli.main(imdb_sentiment.EXPERIMENT, list(words))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imdb") / "run"
+    words = ["--model", "weighted_naive_bayes", "--ngrams", "3", "--max-length", "200", "--epochs", "3"]
+    words += ["--learning-rate", "0.01", "--run-dir", str(folder)]
+    assert run("train", *words) == 0
+    return folder
+
+
+def test_it_learns_and_says_what_a_text_is(trained, capsys):
+    result = json.loads((trained / "result.json").read_text())
+    assert result["eval"]["accuracy"] > 0.9
+    assert run("predict", "The plot is brilliant.", "what a dull ending", "--run-dir", str(trained)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["pos", "neg"]
+    assert all(0.5 < float(line.split()[1]) <= 1 for line in lines)
+
+
+def test_texts_from_a_file_to_a_file(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in.txt").write_text("the cast is wonderful\nthe script is clumsy\nwhat a dull ending\n")
+    words = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.csv")]
+    monkeypatch.setattr(imdb_sentiment, "_TOGETHER", 2)  # so that the last part is filled up
+    capsys.readouterr()
+    assert run("predict", *words, "--run-dir", str(trained), "--checkpoint", "best") == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == ["pos", "neg", "neg"]
+    assert capsys.readouterr().out == f"3 predictions in {tmp_path / 'out.csv'}\n"
+    assert run("predict", "what a dull ending", "--run-dir", str(trained), "--checkpoint", "best") == 0
+    assert rows[2]["probability"] == capsys.readouterr().out.split()[1]
+    assert rows[1]["text"] == "the script is clumsy"
+
+
+def test_words_that_nobody_knows(trained, capsys):
+    assert run("predict", "xyzzy plugh", "--run-dir", str(trained)) == 0
+    printed = capsys.readouterr()
+    assert "warning: text 1 has no word that is known" in printed.err
+    assert float(printed.out.split()[1]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_long_text_is_cut_and_that_is_said(trained, capsys):
+    assert run("predict", "the plot is dull " * 99, "--run-dir", str(trained)) == 0
+    assert "warning" not in capsys.readouterr().err  # the same runs of words again and again
+    made = imdb_sentiment.texts.load_made_reviews()
+    long = " ".join(made.train[:100])
+    assert run("predict", long, "--run-dir", str(trained)) == 0
+    printed = capsys.readouterr()
+    assert "runs of words, of which 200 count" in printed.err
+    assert len(printed.out.splitlines()[0]) < 110
+
+
+def refusal(capsys, *words):
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_what_is_refused(trained, tmp_path, capsys, monkeypatch):
+    place = ["--run-dir", str(trained)]
+    assert "give either texts" in refusal(capsys, "predict", *place)
+    assert "text 2 is empty" in refusal(capsys, "predict", "good", " ", *place)
+    assert "text 1 on the command line is not UTF-8" in refusal(capsys, "predict", "\udcff", *place)
+    found = refusal(capsys, "predict", "good", "--output", "no/such/file", *place)
+    assert "no/such/file can't be written: there is no folder no/such" in found
+    (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
+    found = refusal(capsys, "predict", "--input", str(tmp_path / "bad.txt"), *place)
+    assert found.endswith("bad.txt, line 2: not UTF-8 (byte 0xff at 0)")
+    assert "is not the folder of a run" in refusal(capsys, "predict", "a", "--run-dir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = refusal(capsys, "predict", "a", "--preset", "better")
+    assert "there is no run in runs/imdb_sentiment-better yet: first python -m" in found
+    assert found.endswith("train --preset better, or name one by --run-dir")
+    assert "unknown flag '--inptu'" in refusal(capsys, "predict", "a", "--inptu", "x")
+    assert "unknown command 'predcit'" in refusal(capsys, "predcit", "a")
+
+
+def test_a_vocabulary_that_is_not_the_models(trained, capsys):
+    path = trained / "assets" / "words.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"plot", b"plod"))
+    try:
+        found = refusal(capsys, "predict", "a film", "--run-dir", str(trained))
+        assert found.endswith("words.json is not the one that the run was trained with")
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_run_goes_on_only_with_its_own_vocabulary(tmp_path, capsys, monkeypatch):
+    place = ["--run-dir", str(tmp_path / "r"), "--no-pictures", *SMALL]
+    assert run("train", *place, "--steps", "2") == 0
+    assert run("train", *place, "--steps", "3") == 0
+    load = imdb_sentiment.texts.load_texts
+
+    def changed(*words, **options):
+        found = load(*words, **options)
+        object.__setattr__(found, "train", [text.replace("plot", "story") for text in found.train])
+        return found
+
+    monkeypatch.setattr(imdb_sentiment.texts, "load_texts", changed)
+    capsys.readouterr()
+    assert "was trained with another words.json" in refusal(capsys, "train", *place, "--steps", "4")
+
+
+def test_help_names_the_command(capsys):
+    assert run("--help") == 0
+    assert "predict  say of texts what class they are of" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("predict", "--help")
+    printed = capsys.readouterr().out
+    assert "TEXT" in printed
+    assert "--checkpoint" in printed
+    assert "--input" in printed

@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnets import errors
+from jaxnets.interop import state_dict
+from jaxnets.layers import GRU, LSTM
+from jaxnets.models.transformer_stack import Encoder, LayerFields
+from tests.models.tiny_translation import draw
+
+B, T, D, H = 3, 5, 4, 6
+KEY = jax.random.key(0)
+TABLE = state_dict.encoder("", "", num_layers=1, width=4, num_heads=2, use_final_norm=True)
+
+
+def params_of(layer, dtype=np.float64):
+    return draw(jax.eval_shape(layer.init, KEY, jnp.zeros((1, 2, 4)))["params"], dtype=dtype)
+
+
+@pytest.fixture
+def encoder():
+    return {"params": params_of(Encoder(1, LayerFields(4, 2, 6)), np.float32)}
+
+
+def test_all_errors_at_once(encoder):
+    given = state_dict.to_state_dict(TABLE, encoder)
+    del given["norm.weight"]
+    given["layers.0.linear1.weight"] = np.zeros((2, 2))
+    given["layers.0.norm2.bias"] = np.zeros(5)
+    given["head.weight"] = np.zeros(3)
+    with pytest.raises(errors.ParityError) as error:
+        state_dict.from_state_dict(TABLE, given, encoder)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (
+        "missing norm.weight",
+        "unexpected head.weight",
+        "layers.0.linear1.weight is (2, 2), expected (6, 4)",
+        "layers.0.norm2.bias is (5,), expected (4,)",
+    ):
+        assert part in text
+
+
+def test_both_ways_bit_for_bit(encoder):
+    given = state_dict.to_state_dict(TABLE, encoder)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), encoder)
+    back = state_dict.from_state_dict(TABLE, given, shapes)
+    jax.tree.map(np.testing.assert_array_equal, back, encoder)
+    query = np.asarray(encoder["params"]["layer1"]["attention"]["query"]["kernel"])
+    assert given["layers.0.self_attn.in_proj_weight"][2, 1] == query[1, 1, 0]
+
+
+def test_safetensors(encoder, tmp_path):
+    pytest.importorskip("safetensors")
+    given = state_dict.to_state_dict(TABLE, encoder)
+    path = tmp_path / "encoder.safetensors"
+    state_dict.save_safetensors(path, given)
+    found = state_dict.read_safetensors(path)
+    assert sorted(found) == sorted(given)
+    for name, array in given.items():
+        np.testing.assert_array_equal(found[name], array)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(errors.DataError, match=r"encoder\.safetensors is no safetensors file"):
+        state_dict.read_safetensors(path)
+
+
+@pytest.mark.parity
+def test_safetensors_as_pytorch_writes_them(encoder, tmp_path):
+    torch = pytest.importorskip("torch")
+    library = pytest.importorskip("safetensors.torch")
+    given = state_dict.to_state_dict(TABLE, encoder)
+    library.save_file({k: torch.tensor(v) for k, v in given.items()}, tmp_path / "theirs.safetensors")
+    back = state_dict.from_state_dict(
+        TABLE, state_dict.read_safetensors(tmp_path / "theirs.safetensors"), encoder
+    )
+    jax.tree.map(np.testing.assert_array_equal, back, encoder)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("is_bidirectional", [False, True])
+def test_recurrent_layers_of_pytorch(kind, is_bidirectional, x64):
+    """Both of its biases are drawn, and ours gives the same outputs."""
+    import torch
+
+    layer = {"lstm": LSTM, "gru": GRU}[kind](H, 2, is_bidirectional)
+    twin = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind](
+        D, H, 2, batch_first=True, bidirectional=is_bidirectional, dtype=torch.float64
+    )
+    table = state_dict.recurrent("", "", kind=kind, num_layers=2, is_bidirectional=is_bidirectional)
+    like = {"params": params_of(layer)}
+    given = {name: x.numpy() for name, x in twin.state_dict().items()}
+    params = state_dict.from_state_dict(table, given, like)
+    x = np.random.default_rng(1).normal(size=(B, T, D))
+    with torch.no_grad():
+        expected = twin(torch.tensor(x))[0].numpy()
+        np.testing.assert_allclose(layer.apply(params, x)[0], expected, rtol=1e-9, atol=1e-12)
+        # And out again: other arrays, since there is one bias, but the same layer.
+        arrays = state_dict.to_state_dict(table, params)
+        twin.load_state_dict({name: torch.tensor(a) for name, a in arrays.items()})
+        np.testing.assert_allclose(twin(torch.tensor(x))[0].numpy(), expected, rtol=1e-9, atol=1e-12)
+    del given["bias_hh_l0"]
+    given["weight_hh_l1"] = np.zeros((1, 1))
+    with pytest.raises(errors.ParityError, match=r"missing bias_hh_l0; weight_hh_l1 is \(1, 1\)"):
+        state_dict.from_state_dict(table, given, like)
+    with pytest.raises(errors.ConfigError, match="did you mean"):
+        state_dict.recurrent("", "", kind="lstn")

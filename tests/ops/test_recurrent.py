@@ -1,0 +1,151 @@
+"""The loops against their plain forms and by hand, with masks, factors and both directions of time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnets import ops
+
+T, B, H = 19, 3, 5  # steps: no whole number of unrolled iterations
+GATES = {"lstm": 4, "gru": 3}
+every_kind = pytest.mark.parametrize("kind", GATES)
+both_ways = pytest.mark.parametrize("reverse", [False, True])
+
+
+def draw(kind, seed=0):
+    """The arrays that a loop differentiates."""
+    rng = np.random.default_rng(seed)
+    shapes = [(T, B, GATES[kind] * H), (H, GATES[kind] * H), (B, H), (B, H)]
+    if kind == "gru":
+        shapes[2:] = [(H,), (B, H)]
+    return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+
+
+def extras(has_mask, has_keep, seed=1):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((T, B)) < 0.6
+    mask[:, 1] = False  # a row that takes no step
+    keep = (rng.random((B, H)) < 0.7) / 0.7
+    return {
+        "mask": jnp.asarray(mask) if has_mask else None,
+        "keep": jnp.asarray(keep) if has_keep else None,
+    }
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def by_hand(kind, arrays, mask=None, keep=None, reverse=False):
+    """Row by row, step by step."""
+    gates, kernel, *rest = (np.asarray(x) for x in arrays)
+    y = np.zeros((T, B, H))
+    ends = [np.zeros((B, H)) for _ in range(2 if kind == "lstm" else 1)]
+    for b in range(B):
+        h = rest[0][b] if kind == "lstm" else rest[1][b]
+        c = rest[1][b]
+        for t in reversed(range(T)) if reverse else range(T):
+            if mask is None or mask[t, b]:
+                u = (h if keep is None else h * np.asarray(keep[b])) @ kernel
+                if kind == "lstm":
+                    i, f, g, o = np.split(gates[t, b] + u, 4)
+                    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+                    h = sigmoid(o) * np.tanh(c)
+                else:
+                    (x_r, x_z, x_n), (u_r, u_z, u_n) = np.split(gates[t, b], 3), np.split(u, 3)
+                    r, z = sigmoid(x_r + u_r), sigmoid(x_z + u_z)
+                    h = (1 - z) * np.tanh(x_n + r * (u_n + rest[0])) + z * h
+            y[t, b] = h
+        for end, value in zip(ends, (h, c), strict=False):
+            end[b] = value
+    return y, *ends
+
+
+@every_kind
+@both_ways
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("has_keep", [False, True])
+def test_values_by_hand_and_gradients_of_the_plain_form(kind, reverse, has_mask, has_keep, x64):
+    arrays, options = draw(kind), extras(has_mask, has_keep)
+    loop = partial(getattr(ops, kind), **options, reverse=reverse)
+    out = loop(*arrays)
+    for found, expected in zip(out, by_hand(kind, arrays, **options, reverse=reverse), strict=True):
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    rng = np.random.default_rng(2)
+    weights = [jnp.asarray(rng.normal(size=x.shape)) for x in out]
+
+    def total(*arrays):
+        return sum(jnp.sum(x * w) for x, w in zip(loop(*arrays), weights, strict=True))
+
+    places = tuple(range(len(arrays)))
+    fast = jax.jit(jax.grad(total, places))(*arrays)
+    with ops.plain():
+        plain = jax.grad(total, places)(*arrays)
+    for one, two in zip(fast, plain, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-10, atol=1e-12)
+    assert all(np.abs(x).max() > 0.01 for x in plain)
+
+
+@every_kind
+@both_ways
+def test_steps_that_are_not_taken_have_no_gradient_and_no_effect(kind, reverse):
+    arrays, options = draw(kind), extras(True, False)
+    arrays = [x.astype(jnp.float32) for x in arrays]
+    loop = partial(getattr(ops, kind), **options, reverse=reverse)
+    there = options["mask"][..., None]
+
+    def total(gates):
+        return sum(jnp.sum(x * x) for x in loop(gates, *arrays[1:]))
+
+    spoiled = jnp.where(there, arrays[0], 1e30)
+    for one, two in zip(loop(*arrays), loop(spoiled, *arrays[1:]), strict=True):
+        np.testing.assert_array_equal(one, two)
+    for gates in (arrays[0], spoiled):
+        grad = jax.grad(total)(gates)
+        np.testing.assert_array_equal(jnp.where(there, 0, grad), jnp.zeros_like(grad))
+        assert np.all(np.abs(jnp.where(there, grad, 1)).min(axis=2) > 0)
+
+
+@every_kind
+def test_a_row_does_not_depend_on_what_it_is_padded_to(kind):
+    arrays = [x.astype(jnp.float32) for x in draw(kind)]
+    mask = jnp.ones((T, B), bool)
+    longer = jnp.concatenate([arrays[0], jnp.full((6, B, GATES[kind] * H), 3.0)])
+    mask = jnp.concatenate([mask, jnp.zeros((6, B), bool)])
+    for reverse in (False, True):
+        loop = partial(getattr(ops, kind), reverse=reverse)
+        short, long = loop(*arrays), loop(longer, *arrays[1:], mask=mask)
+        np.testing.assert_array_equal(short[0], long[0][:T])
+        for one, two in zip(short[1:], long[1:], strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@every_kind
+def test_second_derivatives_are_those_of_the_plain_form(kind, x64):
+    arrays = draw(kind)
+
+    def penalty(kernel):
+        def total(gates):
+            return jnp.sum(getattr(ops, kind)(gates, kernel, *arrays[2:])[1] ** 2)
+
+        return jnp.sum(jax.grad(total)(arrays[0]) ** 2)
+
+    fast = jax.grad(penalty)(arrays[1])
+    with ops.plain():
+        np.testing.assert_allclose(fast, jax.grad(penalty)(arrays[1]), rtol=1e-9, atol=1e-11)
+
+
+@every_kind
+def test_extreme_gates_stay_finite(kind):
+    arrays = [x.astype(jnp.float32) for x in draw(kind)]
+    arrays[0] = arrays[0] * 1e4
+
+    def total(*arrays):
+        return sum(jnp.sum(x) for x in getattr(ops, kind)(*arrays))
+
+    grads = jax.grad(total, tuple(range(len(arrays))))(*arrays)
+    assert all(np.isfinite(x).all() for x in (total(*arrays), *grads))
