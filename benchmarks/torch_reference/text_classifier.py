@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jaxnets import errors
-from jaxnets.interop import weights
+from jaxnets.interop import state_dict, weights
 from jaxnets.interop.reference import Reference
 
 
@@ -103,8 +103,8 @@ def reference(
         make_resident=make_resident,
         take=take,
         weights=(
-            *weights.embedding("embedding"),
-            *weights.lstm("lstm", "lstm", num_layers=1, is_bidirectional=False),
+            *state_dict.embedding("embedding", "embedding"),
+            *state_dict.recurrent("lstm", "lstm", kind="lstm"),
             *weights.dense("head"),
         ),
     )

@@ -166,25 +166,6 @@ def batch_norm(linen: str, torch: str = "", *, use_scale: bool = True) -> tuple[
     )
 
 
-def embedding(linen: str, torch: str = "") -> tuple[Row, ...]:
-    """The row of a table of vectors."""
-    return (Row(f"params/{linen}/embedding", f"{torch or linen.replace('/', '.')}.weight"),)
-
-
-def lstm(linen: str, torch: str, *, num_layers: int, is_bidirectional: bool) -> tuple[Row, ...]:
-    """The rows of an LSTM, PyTorch's with its second bias taken away: it adds nothing to the first."""
-    rows = []
-    for i in range(num_layers):
-        for name, suffix in (("forward", ""), ("backward", "_reverse"))[: 1 + is_bidirectional]:
-            ours, theirs = f"params/{linen}/{name}{i + 1}", f"l{i}{suffix}"
-            rows += [
-                Row(f"{ours}/kernel", f"{torch}.weight_ih_{theirs}", "dense"),
-                Row(f"{ours}/recurrent_kernel", f"{torch}.weight_hh_{theirs}", "dense"),
-                Row(f"{ours}/bias", f"{torch}.bias_ih_{theirs}"),
-            ]
-    return tuple(rows)
-
-
 def only_params(table: Table) -> tuple[Row, ...]:
     """The rows of what the optimizer changes; gradients have these and no others."""
     return tuple(row for row in table if row.linen.startswith("params/"))
