@@ -180,7 +180,7 @@ class Generator:
         size = self.size
 
         def shift(at: Generation) -> Generation:
-            is_full, keep = at.place + 1 >= size, max(1, size // 2)
+            is_full, keep = at.place + 1 >= size, size // 2
             moved = jnp.roll(at.window, keep, axis=1)  # the last `keep` come first
             window = jnp.where(is_full[:, None], moved, at.window)
             place = jnp.where(is_full, keep - 1, at.place)
@@ -306,12 +306,15 @@ def make_generator(
     """A generator with room for prompts `[B, P]` and as many tokens, as far as the model goes.
 
     Raises:
-        ValueError: if the prompts are longer than the model takes, or num_tokens is below 1.
+        ValueError: if the prompts are longer than the model takes, or that takes a single token, or
+            num_tokens is below 1.
     """
     chex.assert_rank(prompts, 2)
     longest = prompts.shape[1]
     if not 0 < longest <= model.max_length:
         raise ValueError(f"prompts of {longest} tokens; this model takes 1 to {model.max_length}")
+    if model.max_length < 2:
+        raise ValueError("a model of one token can't go on: there is no place for the next")
     if num_tokens < 1:
         raise ValueError(f"the number of tokens is at least 1, not {num_tokens}")
     if stop is not None and not 0 <= stop < model.vocabulary_size:

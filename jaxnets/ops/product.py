@@ -9,8 +9,8 @@ from jaxnets.typing import Array
 def product(x: Array, kernel: Array) -> Array:
     """The last axis of x times the first of the kernel.
 
-    On a CPU all other axes of x become one, and those of the kernel: with several XLA takes up to twice
-    as long for the gradient, whose sums are over two axes then.
+    On a CPU all other axes of x become one, and those of the kernel: with several XLA takes longer for
+    the gradient, whose sums are over two axes then.
 
     Args:
         x: `[..., D]`.

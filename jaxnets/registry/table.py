@@ -121,16 +121,15 @@ entries: dict[str, dict[str, Entry]] = {
         made_reviews="data.texts:load_made_reviews",
         random_texts="data.texts:load_random_texts",
     ),
-    "ratings": {
-        name: Entry(f"jaxnets.data.{target}")
-        for name, target in {
-            "generated": "generated_ratings:load_generated",
-            "generated-1m": "generated_ratings:load_generated_1m",
-            "ml-latest-small": "movielens:load_latest_small",
-            "ml-100k": "movielens:load_100k",
-            "ml-1m": "movielens:load_1m",
-        }.items()
-    },
+    "ratings": _built_in(
+        **{
+            "generated": "data.generated_ratings:load_generated",
+            "generated-1m": "data.generated_ratings:load_generated_1m",
+            "ml-latest-small": "data.movielens:load_latest_small",
+            "ml-100k": "data.movielens:load_100k",
+            "ml-1m": "data.movielens:load_1m",
+        }
+    ),
 }
 origins: dict[str, ModuleType] = {}  # by the resolved path of a file, or the name of a module
 loading: contextvars.ContextVar[str | None] = contextvars.ContextVar("loading", default=None)

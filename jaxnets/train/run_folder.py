@@ -35,7 +35,7 @@ _EXTENDS = ("epochs", "steps")  # a run may be made longer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` holds: "experiment" and "config".
+    """What `config.json` holds: "experiment", "config", and the digests of "assets".
 
     Raises:
         ConfigError: if the folder has none, or it can't be read.
@@ -43,7 +43,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         content = json.loads(path.read_text())
-        return {"experiment": str(content["experiment"]), "config": dict(content["config"])}
+        return {
+            "experiment": str(content["experiment"]),
+            "config": dict(content["config"]),
+            "assets": dict(content.get("assets", {})),
+        }
     except (FileNotFoundError, NotADirectoryError):
         raise errors.ConfigError(f"{folder} is not the folder of a run: it has no {CONFIG}") from None
     except OSError as error:
@@ -124,7 +128,7 @@ def read_asset(folder: Path, name: str) -> bytes:
         ConfigError: if the run has no such file, or it is another than the model was trained with.
     """
     path = folder / ASSETS / name
-    known = _known_assets(folder)
+    known = read_config(folder)["assets"]
     if name not in known:
         raise errors.ConfigError(f"the run in {folder} has no {name}")
     try:
@@ -144,19 +148,13 @@ def check_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
     """
     if not (folder / CONFIG).exists():
         return
-    known = _known_assets(folder)
+    known = read_config(folder)["assets"]
     for name in sorted(known.keys() | assets.keys()):
         if name not in assets or _digest(assets[name]) != known.get(name):
             raise errors.ConfigError(
                 f"the run in {folder} was trained with another {name}: its data has changed; choose "
                 "another --run-dir, or --no-resume to start anew"
             )
-
-
-def _known_assets(folder: Path) -> Mapping[str, str]:
-    """The digest of each."""
-    read_config(folder)  # which says what is wrong with it
-    return json.loads((folder / CONFIG).read_text()).get("assets", {})
 
 
 def _digest(data: bytes) -> str:

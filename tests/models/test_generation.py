@@ -82,6 +82,20 @@ def test_greedy_is_the_most_likely_token_of_the_model_itself(fields):
             seen = [*(seen[-5:] if len(seen) == 10 else seen), int(token)]
 
 
+def test_a_model_of_one_token_is_refused():
+    model = GPT(5, max_length=1, num_layers=1, num_heads=1, width=4)
+    with pytest.raises(ValueError, match="a model of one token can't go on"):
+        generate(model, {}, jnp.ones((1, 1), int), jnp.array([1]), 3, key=KEY)
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-38])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    logits = jnp.array([[1.0, 5.0, 3.0, -2.0]])
+    scaled = restrict(logits, Sampling(temperature))
+    keys = jax.random.split(jax.random.key(0), 20)
+    assert all(int(jax.random.categorical(key, scaled)[0]) == 1 for key in keys)
+
+
 def test_what_fills_prompts_up_is_without_effect():
     sampling = Sampling(temperature=0.8, top_k=9)
     first, _ = run(12, sampling=sampling)
