@@ -141,6 +141,8 @@ def test_a_wrong_line_is_named(tmp_path, name, line, expected):
         ("20,Drama", "line 3: has 2 columns, expected 3"),
         ("10,Title,Drama", "lines 2 and 3 are both movie 10"),
         (b"20,\xff\xfe,Drama", "line 3 is not UTF-8"),
+        ("9" * 5000 + ",Title,Drama", "line 3: the movie id has 5,000 digits"),
+        ('20,"' + "x" * 140_000, "line 3: field larger than field limit"),
     ],
 )
 def test_a_wrong_title_is_named(tmp_path, line, expected):
@@ -283,7 +285,7 @@ def test_packed_items():
     np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=21), expected)
 
 
-@pytest.mark.parametrize("wanted", ["42", "-1", "99999999999999999999999", "bob", "", "7.0"])
+@pytest.mark.parametrize("wanted", ["42", "-1", "9" * 400, "bob", "", "7.0", "1_0", "٧"])
 def test_an_id_that_is_not_there(wanted):
     with pytest.raises(errors.ConfigError) as error:
         ratings.number_of(np.array([2, 7, 9, 41]), wanted, "user")

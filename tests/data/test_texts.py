@@ -24,6 +24,11 @@ def reviews(tmp_path):
     return tmp_path
 
 
+def test_strict_verification_refuses_what_has_no_digest(reviews):
+    with pytest.raises(errors.DataError, match="only the archive's digest is known"):
+        imdb.load_imdb(data_dir=reviews, num_each=2, verify="strict")
+
+
 def test_reviews_in_the_layout_of_imdb(reviews):
     found = imdb.load_imdb(data_dir=reviews, num_each=2)
     assert list(found.train) == [f"train {n} {i}, café" for n in ("neg", "pos") for i in (0, 1)]

@@ -39,6 +39,8 @@ def test_bytes_that_are_no_vocabulary():
         NGrams.from_bytes(b"{}\n")
     with pytest.raises(errors.ConfigError, match="at least 3 entries, not 2"):
         Words.of_texts(TEXTS, 2)
+    with pytest.raises(errors.ConfigError, match="at least 2 entries, not 1"):
+        NGrams.of_encoded([np.array([2])], 1, 2, 10)
     with pytest.raises(errors.ConfigError, match="too many numbers"):
         NGrams.of_encoded([np.array([2])], 10, 4, 100_000)
 

@@ -1,5 +1,6 @@
 import contextlib
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from jaxnets import ops
 from jaxnets.layers import Embedding, Linear, embed
+from jaxnets.ops import partition
 
 
 def test_rows_of_a_table_and_nan_for_none():
@@ -38,6 +40,16 @@ def test_products_with_every_row():
     half = Embedding(6, 4, dtype=jnp.bfloat16)
     assert half.apply(variables, x, method="attend").dtype == jnp.bfloat16
     assert half.apply(variables, jnp.array([1])).dtype == jnp.bfloat16
+
+
+def test_a_table_of_another_size_is_refused():
+    layer = Embedding(5, 2)
+    for size in (4, 6):
+        table = {"params": {"embedding": jnp.ones((size, 2))}}
+        with pytest.raises(flax.errors.ScopeParamShapeError):
+            layer.apply(table, jnp.array([0]))
+        with partition.some_rows():  # those that a batch uses
+            assert layer.apply(table, jnp.array([0])).shape == (1, 2)
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -248,6 +248,10 @@ def test_what_cannot_be(name):
         long = batch["tokens"] | {"target": jnp.zeros((B, 17), jnp.int32)}
         with pytest.raises(ValueError, match="17 target tokens in a row; this model takes at most 16"):
             forward(name, params, batch | {"tokens": long})
+        with pytest.raises(ValueError, match="sequences of 17; this model takes at most 16"):
+            build(name).apply(
+                {"params": params}, batch["tokens"]["source"], max_length=17, method="begin"
+            )
         with pytest.raises(ValueError, match="did you mean 'relu'"):
             forward(name, params, batch, activation="rela")
         with pytest.raises(ValueError, match="kind of positions"):

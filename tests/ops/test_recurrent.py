@@ -35,6 +35,17 @@ def extras(has_mask, has_keep, seed=1):
     }
 
 
+@every_kind
+def test_no_step_at_all_has_gradients(kind):
+    arrays = draw(kind)
+    arrays[0] = arrays[0][:0]
+    loop = getattr(ops, kind)
+    grads = jax.grad(lambda *x: jnp.sum(loop(*x)[1] ** 2), tuple(range(4)))(*arrays)
+    place = 2 if kind == "lstm" else 3  # of the output before the first step, which is the last
+    np.testing.assert_allclose(grads[place], 2 * arrays[place])
+    assert all(not np.any(x) for i, x in enumerate(grads) if i != place)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
