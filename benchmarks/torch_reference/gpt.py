@@ -4,7 +4,8 @@ Written for speed as well: one product for queries, keys and values, PyTorch's o
 prediction logits of the last place alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.torch_reference.parts import adamw
 from jaxnets import errors
 from jaxnets.interop import gpt2
 from jaxnets.interop.reference import Reference
@@ -161,21 +163,9 @@ def reference(
         logits = run(model, tokens[:, :-1])
         return F.cross_entropy(logits.reshape(-1, vocabulary_size), tokens[:, 1:].reshape(-1))
 
-    def make_optimizer(
-        parameters: Iterable[nn.Parameter],
-        *,
-        fused: bool | None = None,
-        foreach: bool | None = None,
-    ) -> torch.optim.Optimizer:
-        given = list(parameters)
-        groups = [
-            {"params": [p for p in given if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in given if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        betas = (0.9, second_moment)
-        return torch.optim.AdamW(
-            groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused, foreach=foreach
-        )
+    make_optimizer = partial(
+        adamw, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, second_moment)
+    )
 
     weights = gpt2.table(
         num_layers=num_layers,

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.torch_reference.parts import make_resident, take
 from jaxnets import errors
 from jaxnets.interop.reference import Reference
 from jaxnets.interop.weights import Row, Table
@@ -139,22 +139,3 @@ def reference(
         take=take,
         weights=table(),
     )
-
-
-def make_resident(
-    arrays: Mapping[str, np.ndarray], *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The ratings in memory; users and items as the integers that embeddings are fastest with."""
-    del channels_last
-    return {
-        name: torch.from_numpy(x.astype(np.int64 if x.dtype.kind in "iu" else x.dtype))
-        for name, x in arrays.items()
-    }
-
-
-def take(
-    resident: Mapping[str, torch.Tensor], index: torch.Tensor, *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The rows of a draw, `[B]` each."""
-    del channels_last
-    return {name: x.index_select(0, index) for name, x in resident.items()}

@@ -7,11 +7,11 @@ as in the benchmark, nothing is packed.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.torch_reference.parts import make_resident, take
 from jaxnets import errors
 from jaxnets.interop import state_dict, weights
 from jaxnets.interop.reference import Reference
@@ -108,19 +108,3 @@ def reference(
             *weights.dense("head"),
         ),
     )
-
-
-def make_resident(
-    arrays: Mapping[str, np.ndarray], *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The training set in memory: `tokens` `[N, T]`, `length` and `label` `[N]`."""
-    del channels_last
-    return {name: torch.from_numpy(x.astype(np.int64)) for name, x in arrays.items()}
-
-
-def take(
-    resident: Mapping[str, torch.Tensor], index: torch.Tensor, *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The rows of a draw."""
-    del channels_last
-    return {name: x.index_select(0, index) for name, x in resident.items()}

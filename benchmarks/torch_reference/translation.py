@@ -4,14 +4,15 @@ Written for speed as well: attention is PyTorch's fused one, with booleans for p
 later.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.torch_reference.parts import adamw, make_resident, take
 from jaxnets import errors
 from jaxnets.data.subwords import BEGIN, PAD
 from jaxnets.interop import state_dict
@@ -134,19 +135,9 @@ def reference(
             logits, batch["target"].reshape(-1), ignore_index=PAD, label_smoothing=label_smoothing
         )
 
-    def make_optimizer(
-        parameters: Iterable[nn.Parameter],
-        *,
-        fused: bool | None = None,
-        foreach: bool | None = None,
-    ) -> torch.optim.Optimizer:
-        given = list(parameters)
-        groups = [
-            {"params": [p for p in given if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in given if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        how: Any = {"betas": (momentum, 0.999), "eps": 1e-8, "fused": fused, "foreach": foreach}
-        return torch.optim.AdamW(groups, lr=learning_rate, **how)
+    make_optimizer = partial(
+        adamw, learning_rate=learning_rate, weight_decay=weight_decay, betas=(momentum, 0.999)
+    )
 
     stack: Any = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
     return Reference(
@@ -162,19 +153,3 @@ def reference(
             *state_dict.decoder("decoder", "decoder", use_final_norm=True, **stack),
         ),
     )
-
-
-def make_resident(
-    arrays: Mapping[str, np.ndarray], *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The corpus in memory, `source` and `target` `[N, L]`."""
-    del channels_last
-    return {name: torch.from_numpy(x.astype(np.int64)) for name, x in arrays.items()}
-
-
-def take(
-    resident: Mapping[str, torch.Tensor], index: torch.Tensor, *, channels_last: bool = False
-) -> dict[str, torch.Tensor]:
-    """The pairs of a draw, `[B, L]` each."""
-    del channels_last
-    return {name: x.index_select(0, index) for name, x in resident.items()}
