@@ -19,7 +19,8 @@ import numpy as np
 from jaxnets import cli, data, errors, losses, metrics, models, registry, train, translation
 from jaxnets.config import RunOptions
 from jaxnets.data.parallel import load_parallel
-from jaxnets.data.subwords import BEGIN, PAD, Subwords, encode_all, padded
+from jaxnets.data.subwords import BEGIN, PAD, Subwords, encode_all
+from jaxnets.data.vocabulary import pad
 from jaxnets.models import attention_rnn, transformer
 from jaxnets.recipe import Recipe, count_positions
 from jaxnets.train import optim
@@ -219,7 +220,7 @@ def _arrays(subwords: Subwords, pairs: data.Pairs, max_length: int, *, cut: bool
             name: [row for row, ok in zip(rows, fits, strict=True) if ok] for name, rows in sides.items()
         }
     lengths = {name: np.array([len(row) for row in rows]) for name, rows in sides.items()}
-    return {name: padded(rows, max_length) for name, rows in sides.items()}, lengths
+    return {name: pad(rows, max_length, keep="first")[0] for name, rows in sides.items()}, lengths
 
 
 def _check(config: Config) -> None:

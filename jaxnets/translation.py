@@ -18,7 +18,8 @@ from jaxnets import errors
 from jaxnets.commands import Command, SavedRun, check_output, read_texts, write_output
 from jaxnets.data.buckets import bucket_of
 from jaxnets.data.parallel import PARTS, load_parallel
-from jaxnets.data.subwords import BEGIN, END, Subwords, padded
+from jaxnets.data.subwords import BEGIN, END, Subwords
+from jaxnets.data.vocabulary import pad
 from jaxnets.metrics import BLEU
 from jaxnets.models.beam_search import beam_search
 from jaxnets.report import draw_alignment
@@ -129,8 +130,7 @@ class Translator:
         width = min(width, self.max_length)
         missing = _ROWS - len(tokens) if fill else 0  # so that the last batch compiles nothing
         rows = [*tokens, *([[END]] * missing)]
-        lengths = np.array([len(row) for row in rows])
-        return np.asarray(self._compiled(self.params, padded(rows, width), lengths))[: len(tokens)]
+        return np.asarray(self._compiled(self.params, *pad(rows, width, keep="first")))[: len(tokens)]
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Array]:

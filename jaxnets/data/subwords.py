@@ -9,9 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from jaxnets import errors
+from jaxnets.data.tokenizer_library import learn_byte_pairs, library
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,7 +31,7 @@ class Subwords:
     """
 
     def __init__(self, content: bytes):
-        tokenizers = _library()
+        tokenizers = library()
         try:
             self._tokenizer: Tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises that very class
@@ -60,20 +59,16 @@ class Subwords:
             raise errors.ConfigError(
                 f"a vocabulary of subwords has at least {_NUM_SPECIAL + _NUM_BYTES} tokens, not {size}"
             )
-        tokenizers = _library()
-        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        nfc, small = tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()
-        tokenizer.normalizer = tokenizers.normalizers.Sequence([nfc, small] if lowercase else [nfc])
-        tokenizer.pre_tokenizer = byte_level
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=size - _NUM_SPECIAL,
-            initial_alphabet=sorted(byte_level.alphabet()),
-            show_progress=False,
+        known = library().normalizers
+        steps = [known.NFC(), known.Lowercase()] if lowercase else [known.NFC()]
+        return cls(
+            learn_byte_pairs(
+                texts,
+                size - _NUM_SPECIAL,
+                add_prefix_space=True,
+                normalizer=known.Sequence(steps),
+            )
         )
-        tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer.to_str().encode())
 
     def to_bytes(self) -> bytes:
         """What a file of it holds, JSON of the library `tokenizers`."""
@@ -126,26 +121,3 @@ def encode_all(subwords: Subwords, texts: Sequence[str], places: str = "") -> li
         except errors.DataError as error:
             raise errors.DataError(f"{places or 'text'}, line {number:,}: {error}") from None
     return tokens
-
-
-def padded(tokens: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Tokens as int32 `[N, length]`, what is longer cut, `PAD` behind what is shorter."""
-    rows = np.full((len(tokens), length), PAD, np.int32)
-    for row, each in zip(rows, tokens, strict=True):
-        row[: len(each)] = each[:length]
-    return rows
-
-
-def _library():
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.normalizers
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError as error:
-        raise errors.ConfigError(
-            "subwords need the library tokenizers, which isn't installed: pip install 'jaxnets[text]'"
-        ) from error
-    return tokenizers

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxnets import errors
+from jaxnets.data.tokenizer_library import learn_byte_pairs, library
 
 TOKENS = ("characters", "bpe")
 _MAX_TOKENS = 2**16  # so that tokens take two bytes at most
@@ -109,13 +110,14 @@ class BytePairs:
         vocabulary: as `to_bytes` gives it.
 
     Raises:
-        DataError: if the library `tokenizers` isn't installed, or can't read it.
+        ConfigError: if the library `tokenizers` isn't installed.
+        DataError: if it can't read the vocabulary.
     """
 
     def __init__(self, vocabulary: bytes):
-        library = _library()
+        tokenizers = library()
         try:
-            self._tokenizer: Any = library.Tokenizer.from_str(vocabulary.decode())
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(vocabulary.decode())
         except Exception as error:  # the library has no type of its own
             raise errors.DataError(f"no vocabulary of byte pairs: {errors.first_line(error)}") from None
 
@@ -128,22 +130,12 @@ class BytePairs:
             size: V, at most; at least 256, the bytes.
 
         Raises:
-            ConfigError: if the size is out of range.
-            DataError: if the library `tokenizers` isn't installed.
+            ConfigError: if the size is out of range, or the library `tokenizers` isn't installed.
         """
         if not 256 <= size <= _MAX_TOKENS:
             raise errors.ConfigError(f"byte pairs take 256 to {_MAX_TOKENS:,} tokens, not {size}")
-        library = _library()
-        tokenizer = library.Tokenizer(library.models.BPE())
-        level = library.pre_tokenizers.ByteLevel
-        tokenizer.pre_tokenizer = level(add_prefix_space=False)
-        tokenizer.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=size, show_progress=False, initial_alphabet=sorted(level.alphabet())
-        )
-        # By lines, which the pre-tokenizer doesn't need whole: it cuts at spaces.
-        tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-        return cls(tokenizer.to_str().encode())
+        # By lines, as the tokenizer cuts at spaces anyway.
+        return cls(learn_byte_pairs(text.splitlines(keepends=True), size, add_prefix_space=False))
 
     @property
     def size(self) -> int:
@@ -173,8 +165,8 @@ def make_tokenizer(kind: str, text: str, *, train: str, size: int) -> Tokenizer:
         size: V of byte pairs, at most.
 
     Raises:
-        ConfigError: if there is no such kind, or the size is out of range.
-        DataError: if the text has too many characters, or a library is missing.
+        ConfigError: if there is no such kind, the size is out of range, or a library is missing.
+        DataError: if the text has too many characters.
     """
     if kind not in TOKENS:
         raise errors.unknown("kind of token", kind, TOKENS)
@@ -234,18 +226,3 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTES = _byte_letters()
-
-
-def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError:
-        raise errors.DataError(
-            "byte pairs come from the library tokenizers, which isn't installed: "
-            "pip install 'jaxnets[text]'; characters need nothing"
-        ) from None
-    return tokenizers

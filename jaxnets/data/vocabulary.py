@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets import errors
+from jaxnets.data.tokenizer_library import library
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 # Words with their apostrophes, and each sign by itself.
@@ -37,19 +38,19 @@ class Words:
         """
         if size < 3:
             raise errors.ConfigError(f"a vocabulary has at least 3 entries, not {size}")
-        library = _library()
-        tokenizer = library.Tokenizer(library.models.WordLevel(unk_token=UNKNOWN))
-        tokenizer.normalizer = library.normalizers.Sequence(
+        tokenizers = library()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
             [
-                library.normalizers.Replace(library.Regex(r"<br\s*/?>"), " "),
-                library.normalizers.NFKC(),
-                library.normalizers.Lowercase(),
+                tokenizers.normalizers.Replace(tokenizers.Regex(r"<br\s*/?>"), " "),
+                tokenizers.normalizers.NFKC(),
+                tokenizers.normalizers.Lowercase(),
             ]
         )
-        pattern = library.Regex(_WORD)
+        pattern = tokenizers.Regex(_WORD)
         # The words are what lies between what isn't one.
-        tokenizer.pre_tokenizer = library.pre_tokenizers.Split(pattern, "removed", invert=True)
-        trainer = library.trainers.WordLevelTrainer(
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "removed", invert=True)
+        trainer = tokenizers.trainers.WordLevelTrainer(
             vocab_size=size, special_tokens=[PAD, UNKNOWN], show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer, length=len(texts))
@@ -62,9 +63,9 @@ class Words:
         Raises:
             ConfigError: if it isn't that.
         """
-        library = _library()
+        tokenizers = library()
         try:
-            return cls(library.Tokenizer.from_str(content.decode()))
+            return cls(tokenizers.Tokenizer.from_str(content.decode()))
         except Exception as error:  # of the library, which knows only this one
             reason = errors.first_line(error)
             raise errors.ConfigError(f"the vocabulary can't be read: {reason}") from error
@@ -184,12 +185,12 @@ def _once(owners: np.ndarray, numbers: np.ndarray, size: int) -> tuple[np.ndarra
 
 
 def pad(
-    texts: Sequence[np.ndarray], length: int, *, keep: str = "last"
+    texts: Sequence[np.ndarray] | Sequence[Sequence[int]], length: int, *, keep: str = "last"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texts in the rows of an array, padded behind; of longer ones a part.
 
     Args:
-        texts: numbers, int32 `[T]` each.
+        texts: numbers `[T]` each.
         length: of the rows.
         keep: "first" or "last", which part of a longer one.
 
@@ -201,17 +202,3 @@ def pad(
     for row, text, size in zip(rows, texts, sizes, strict=True):
         row[:size] = text[:size] if keep == "first" else text[len(text) - size :]
     return rows, sizes
-
-
-def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.models
-        import tokenizers.normalizers
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
-    except ImportError:
-        raise errors.ConfigError(
-            "this needs the library tokenizers: pip install 'jaxnets[text]'"
-        ) from None
-    return tokenizers

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from jaxnets import errors
 from jaxnets.data.phrases import load_phrases
-from jaxnets.data.subwords import BEGIN, END, PAD, Subwords, encode_all, padded
+from jaxnets.data.subwords import BEGIN, END, PAD, Subwords, encode_all
+from jaxnets.data.vocabulary import pad
 
 pytest.importorskip("tokenizers")
 TEXTS = load_phrases().parts["train"].source[:500]
@@ -75,6 +76,6 @@ def test_what_cannot_be():
 
 
 def test_rows_are_filled_up_or_cut():
-    rows = padded([[5, 6, 2], [7, 8, 9, 10, 2]], 4)
+    rows, _ = pad([[5, 6, 2], [7, 8, 9, 10, 2]], 4, keep="first")
     assert rows.dtype == np.int32
     assert rows.tolist() == [[5, 6, 2, PAD], [7, 8, 9, 10]]

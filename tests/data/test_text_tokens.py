@@ -89,5 +89,5 @@ def test_what_cannot_be(monkeypatch):
     with pytest.raises(errors.ConfigError, match="256 to 65,536 tokens, not 255"):
         make_tokenizer("bpe", "a", train="a", size=255)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(errors.DataError, match=r"pip install 'jaxnets\[text\]'"):
+    with pytest.raises(errors.ConfigError, match=r"pip install 'jaxnets\[text\]'"):
         make_tokenizer("bpe", "a", train="a", size=300)
