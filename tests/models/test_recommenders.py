@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnets import losses, models, ops, registry
+from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
 
 NAMES = registry.names("recommender")
 every_model = pytest.mark.parametrize("name", NAMES)
 U, M, B, J = 9, 13, 16, 3  # users, items, rows, items for each
-QUICK = {"xla_backend_optimization_level": 0}
 TINY = {
     "matrix_factorization": {"width": 4, "mean": 0.5, "init_scale": 0.5},
     "embedding_dot": {"width": 4, "init_scale": 0.5},
@@ -71,11 +70,6 @@ def train(name, params, batch, axis_name=None):
         return *ops.data_sum((loss, grads)), logits
 
 
-def assert_close(left, right, **tolerance):
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
-
-
 @every_model
 def test_outputs_gradients_and_the_number_of_traces(name):
     traces = []
@@ -101,20 +95,7 @@ def test_outputs_gradients_and_the_number_of_traces(name):
 @pytest.mark.parametrize("strategy", ["jit", "pmap"])
 def test_eight_devices_equal_one(name, strategy, x64):
     params, batch = cast(start(name), np.float64), batch_of(np.float64)
-    step = jax.jit(partial(train, name), compiler_options=QUICK)
-    expected = step(params, batch)
-    if strategy == "jit":
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-        result = step(params, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))))
-    else:
-        mapped = jax.pmap(
-            partial(train, name, axis_name="data"),
-            axis_name="data", in_axes=(None, 0), out_axes=(None, None, 0),
-        )  # fmt: skip
-        parts = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
-        loss, grads, logits = mapped(params, parts)
-        result = loss, grads, logits.reshape(B, J)
-    assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert_eight_equal_one(partial(train, name), params, batch, strategy)
 
 
 @every_model
