@@ -4,7 +4,7 @@
     python -m benchmarks.throughput --only lenet-128 --seconds 20
     python -m benchmarks.throughput --device gpu --dtype bfloat16 --out runs/gpu
 
-Each workload is a duel (`jaxnets.interop.duel`) on generated images. The folder gets a record of each as
+Each workload is a duel (`jaxnets.interop.duel`) on generated data. The folder gets a record of each as
 JSON, `table.md` and `throughput.png`, anew after every workload; a workload that fails, by its parity or
 otherwise, is a record too, with its reason, and the exit status is 1.
 """

@@ -11,9 +11,9 @@ _COLUMNS = (
     "workload",
     "parity",
     "ratio (quartiles)",
-    "jaxnets, images/s (quartiles)",
-    "PyTorch's best, images/s (quartiles)",
-    "plain JAX, images/s",
+    "jaxnets, examples/s (quartiles)",
+    "PyTorch's best, examples/s (quartiles)",
+    "plain JAX, examples/s",
     "of the ceiling, both",
     "first step: cold, warm, PyTorch",
     "peak MiB, both",
@@ -34,14 +34,12 @@ def table(records: Records) -> str:
         cells += [""] * (len(_COLUMNS) - 1 - len(cells))
         lines.append("| " + " | ".join([name, *(cell.replace("|", "/") for cell in cells)]) + " |")
     done = [record for record in records.values() if "failure" not in record]
-    for mode in ("train", "inference"):
-        ratios = [record["ratio"] for record in done if record["mode"] == mode]
-        if ratios:
-            lines.append("")
-            lines.append(
-                f"Geometric mean of {len(ratios)} in {mode}: {geometric_mean(ratios):.2f}, "
-                f"least {min(ratios):.2f}"
-            )
+    for modes in (("train",), ("inference",), ("train", "inference")):
+        ratios = [record["ratio"] for record in done if record["mode"] in modes]
+        if ratios and {record["mode"] for record in done} >= set(modes):
+            mean, named = geometric_mean(ratios), " and ".join(modes)
+            least = min(ratios)
+            lines += ["", f"Geometric mean of {len(ratios)} in {named}: {mean:.2f}, least {least:.2f}"]
     if done:
         lines += ["", *_conditions(done)]
     return "\n".join(lines) + "\n"
@@ -88,7 +86,7 @@ def _conditions(done: list[Mapping[str, Any]]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return [
         f"{where(first)}; {versions}; {settings['compute_dtype']}, matmul precision "
-        f"{settings['matmul_precision']} on both sides, generated images. Ceiling: a product at "
+        f"{settings['matmul_precision']} on both sides, generated data. Ceiling: a product at "
         f"{peaks[0]:,.0f} to {peaks[-1]:,.0f} GFLOP/s{by_threads}, a copy at {copies[0]:.0f} to "
         f"{copies[-1]:.0f} GB/s."
     ]

@@ -26,6 +26,7 @@ from jaxnets.commands import Command, SavedRun, read_texts, write_output
 from jaxnets.config import RunOptions
 from jaxnets.data import Lengths, texts
 from jaxnets.data import vocabulary as vocab
+from jaxnets.models import text_classifier
 from jaxnets.recipe import Recipe, count_positions
 
 
@@ -138,6 +139,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         predict_fn=predict_fn,
         class_names=reviews.class_names,
         learning_rate=schedule,
+        rules=text_classifier.sharding_rules(),
         torch_reference="benchmarks.torch_reference.text_classifier:reference",
         torch_arguments={
             "model": config.model,
@@ -296,6 +298,7 @@ EXPERIMENT = cli.Experiment(
     about="Sentiment of film reviews, or classes of any texts.",
     config=Config(max_length=100, buckets=(25, 50), epochs=3),
     make_recipe=make_recipe,
+    duel={"dropout_rate": 0.0, "recurrent_dropout_rate": 0.0},
     presets={"tutorial": TUTORIAL, "better": BETTER},
     commands={
         "predict": Command("say of texts what class they are of", predict, Predict(), words="TEXT")

@@ -279,18 +279,15 @@ _FACTORIZATIONS = ("matrix_factorization", "embedding_dot")
 
 def crossvalidate(argv: Sequence[str]) -> int:
     """Train on all five folds, each in a run of its own that can be gone on with; print the means."""
+    preset, words = preset_of(argv, EXPERIMENT.presets)
+    default = EXPERIMENT.presets[preset] if preset else EXPERIMENT.config
     prog = "python -m experiments.movielens crossvalidate"
-    try:
-        preset, words = preset_of(argv, EXPERIMENT.presets)
-        default = EXPERIMENT.presets[preset] if preset else EXPERIMENT.config
-        config, options = parse_flags(words, default, prog=prog, about=EXPERIMENT.about)
-        if config.loss != "squared_error":
-            raise errors.ConfigError("crossvalidate is of ratings: --loss squared_error")
-        if any(word.split("=")[0] == "--fold" for word in words):
-            raise errors.ConfigError("crossvalidate takes all five folds; leave out --fold")
-    except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config, options = parse_flags(words, default, prog=prog, about=EXPERIMENT.about)
+    cli.refuse_several(options, "crossvalidate trains in")
+    if config.loss != "squared_error":
+        raise errors.ConfigError("crossvalidate is of ratings: --loss squared_error")
+    if any(word.split("=")[0] == "--fold" for word in words):
+        raise errors.ConfigError("crossvalidate takes all five folds; leave out --fold")
     base = options.run_dir or Path("runs") / (f"movielens-{preset}" if preset else "movielens")
     if not options.eval_every:  # evaluations in between would only take time
         words = [*words, "--eval-every", str(2**31 - 1)]
@@ -334,8 +331,7 @@ TUTORIAL = Config(
 
 EXPERIMENT = cli.Experiment(
     name="movielens",
-    about="Recommenders: ratings by matrix factorisation; embedding-dot, NeuMF and two towers by rank. "
-    "`crossvalidate` trains on all five folds.",
+    about="Recommenders: ratings by matrix factorisation; embedding-dot, NeuMF and two towers by rank.",
     config=Config(),
     make_recipe=make_recipe,
     presets={
@@ -347,15 +343,13 @@ EXPERIMENT = cli.Experiment(
         ),
     },
     commands=recommendation.make_commands(make_model),
+    duel={"schedule": "constant", "warmup": 0.0, "ema_decay": None},
+    programs={
+        "crossvalidate": cli.Program(
+            "train on all five folds, each in a run of its own; print the means", crossvalidate
+        )
+    },
 )
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["crossvalidate"]:
-        return crossvalidate(argv[1:])
-    return cli.main(EXPERIMENT, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(EXPERIMENT))

@@ -259,6 +259,7 @@ EXPERIMENT = cli.Experiment(
         "attention-rnn": dataclasses.replace(TRANSFORMER, model="attention_rnn", width=256, hidden=256),
     },
     commands=translation.make_commands(make_model),
+    duel=_ONLY_HERE,
 )
 
 if __name__ == "__main__":

@@ -263,6 +263,7 @@ EXPERIMENT = cli.Experiment(
     about="A language model of the size of nanoGPT's, on Shakespeare or any text.",
     config=Config(),
     make_recipe=make_recipe,
+    duel=_ONLY_HERE,
     presets={"nanogpt-cpu": NANOGPT_CPU, "nanogpt": NANOGPT},
     commands={
         "generate": Command(

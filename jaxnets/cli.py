@@ -1,15 +1,17 @@
 """The commands that every experiment has: train, eval and duel, written once against `Recipe`."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from jaxnets.train import (
 )
 from jaxnets.train.verdict import by_first, together
 
+_SILENCE_S = 3.0  # after which a user wonders
 _LONG_S = 3600.0  # for what one process may do while the others wait
 COMMANDS = {
     "train": "train, or go on with the run in the run folder",
@@ -41,6 +44,19 @@ COMMANDS = {
     "duel": "compare with PyTorch: the same numbers, then the speed of both",
 }
 MakeRecipe = Callable[[Any, RunOptions], Recipe]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A command that an experiment has for itself, which trains or does without a run.
+
+    Attributes:
+        about: one line for the help.
+        run: `run(argv) -> exit status`, of the words behind its name.
+    """
+
+    about: str
+    run: Callable[[Sequence[str]], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +70,9 @@ class Experiment:
         make_recipe: `make_recipe(config, options) -> Recipe`.
         presets: other configs, by name.
         commands: what it can do with a trained run, by name, such as "predict".
+        programs: what else it can do, by name, such as "crossvalidate".
+        duel: fields of the config that the PyTorch reference doesn't have, and what they are in a duel
+            where no flag says otherwise.
         closing: printed at the end of training; {python} stands for the interpreter.
     """
 
@@ -63,6 +82,8 @@ class Experiment:
     make_recipe: MakeRecipe
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     commands: Mapping[str, Command] = dataclasses.field(default_factory=dict)
+    programs: Mapping[str, Program] = dataclasses.field(default_factory=dict)
+    duel: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     closing: str = ""
 
     @property
@@ -119,7 +140,7 @@ def _status(experiment: Experiment, argv: list[str], begun: float) -> int:
 
 def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     prog = f"python -m {experiment.module}"
-    commands = (*COMMANDS, *experiment.commands)
+    commands = (*COMMANDS, *experiment.programs, *experiment.commands)
     if argv and argv[0] in ("-h", "--help"):
         print(
             f"usage: {prog} {{{','.join(commands)}}} [FLAGS]\n\n{experiment.about}\n\n"
@@ -131,6 +152,8 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     command = argv.pop(0)
     if command not in commands:
         raise errors.unknown("command", command, commands)
+    if command in experiment.programs:
+        return experiment.programs[command].run(argv)
     if command in experiment.commands:
         run_command(
             experiment.commands[command],
@@ -143,6 +166,8 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
         return 0
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
+    if command == "duel":
+        default = _for_duel(experiment, default)
     about = experiment.about
     if experiment.presets:
         about += f" --preset NAME takes other defaults: {', '.join(experiment.presets)}."
@@ -153,7 +178,7 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     for file in options.plugin:
         registry.load_file(file)
     if command == "duel":
-        _refuse_several(options)
+        refuse_several(options, "duel measures")
     else:
         _join(options)
     if command != "duel":  # whose workers do both by themselves
@@ -181,7 +206,8 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
-        recipe = experiment.make_recipe(config, options)
+        with _announced(f"{experiment.name}: reading and preparing the data"):
+            recipe = experiment.make_recipe(config, options)
         return run_duel(experiment.module, recipe, config, options)
     with program_cache.opened(options.program_cache, use=options.cache_programs) as programs:
         return _train(experiment, config, options, folder, begun, programs)
@@ -263,7 +289,8 @@ def _train(
 
 def _listing(experiment: Experiment) -> str:
     """The commands and what they do."""
-    about = COMMANDS | {name: command.about for name, command in experiment.commands.items()}
+    own = experiment.programs | experiment.commands
+    about = COMMANDS | {name: command.about for name, command in own.items()}
     width = max(map(len, about))
     return "".join(f"{name:<{width}}  {line}\n" for name, line in about.items())
 
@@ -275,12 +302,34 @@ def _prepared(
     made = []
 
     def prepare() -> None:
-        recipe = experiment.make_recipe(config, options)  # which may download for a while
+        with _announced(f"{experiment.name}: reading and preparing the data"):
+            recipe = experiment.make_recipe(config, options)  # which may download for a while
         strategy = _strategy(options, recipe)
         made.append((recipe, strategy, runner.check_recipe(recipe, strategy, options)))
 
     together("the recipe", prepare, timeout_s=_LONG_S)
     return made[0]
+
+
+def _for_duel(experiment: Experiment, config: Any) -> Any:
+    """The config without what the PyTorch reference doesn't have."""
+    changes = {name: value for name, value in experiment.duel.items() if getattr(config, name) != value}
+    if changes:
+        said = (f"{name} {value} instead of {getattr(config, name)}" for name, value in changes.items())
+        hosts.say(f"the PyTorch reference takes {', '.join(said)}")
+    return dataclasses.replace(config, **changes)
+
+
+@contextlib.contextmanager
+def _announced(what: str) -> Iterator[None]:
+    """Say what goes on, if it takes seconds."""
+    timer = threading.Timer(_SILENCE_S, hosts.say, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _eval(experiment: Experiment, config: Any, options: RunOptions, folder: Path) -> int:
@@ -329,9 +378,18 @@ def _join(options: RunOptions) -> None:
         hosts.join(where, count, process, heartbeat_s=options.heartbeat_s)
 
 
-def _refuse_several(options: RunOptions) -> None:
+def refuse_several(options: RunOptions, what: str) -> None:
+    """For a command of one process.
+
+    Args:
+        options: of the command.
+        what: it does with one, for the message, such as "duel measures".
+
+    Raises:
+        ConfigError: if several are asked for.
+    """
     if options.coordinator or options.num_processes or options.process_id:
-        raise errors.ConfigError("duel measures one process; it takes no coordinator")
+        raise errors.ConfigError(f"{what} one process; it takes no coordinator")
 
 
 def _warn_of_defects(strategy: sharding.Strategy) -> None:

@@ -133,7 +133,7 @@ def parse_command(
     """Read the words and flags of a command on a trained run.
 
     Args:
-        argv: what stands behind the command.
+        argv: what stands behind the command; all that follows a bare -- are words.
         flags: the defaults of the command's own flags; None if it has none.
         options: the defaults of what all such commands take.
         words: what its words are, for the help; "" if it takes none.
@@ -147,14 +147,19 @@ def parse_command(
         ConfigError: if a flag is unknown or its value can't be read, or it takes no words.
     """
     parts = {"run": options} if flags is None else {"own": flags, "run": options}
-    _check_flags(argv, tuple(parts.values()), known=("--preset",))
-    read = _read_together(parts, argv, prog=prog, about=about, words=words or "WORD")
-    if read.words and not words:
-        raise errors.ConfigError(f"{prog} takes flags alone, not {read.words[0]!r} (see --help)")
-    return read.words, getattr(read, "own", None), read.run
+    advice = f"see --help; a {words} like this goes behind a bare --" if words else "see --help"
+    _check_flags(argv, tuple(parts.values()), known=("--preset",), advice=advice)
+    end = list(argv).index("--") if "--" in argv else len(argv)  # behind it words alone
+    read = _read_together(parts, argv[:end], prog=prog, about=about, words=words or "WORD")
+    found = (*read.words, *argv[end + 1 :])
+    if found and not words:
+        raise errors.ConfigError(f"{prog} takes flags alone, not {found[0]!r} (see --help)")
+    return found, getattr(read, "own", None), read.run
 
 
-def _check_flags(argv: Sequence[str], parts: Sequence[Any], *, known: Sequence[str]) -> None:
+def _check_flags(
+    argv: Sequence[str], parts: Sequence[Any], *, known: Sequence[str], advice: str = "see --help"
+) -> None:
     """Refuse a flag that no dataclass has, with the nearest one that is there."""
     names = {field.name: field.type for part in parts for field in dataclasses.fields(part)}
     flags = {f"--{name.replace('_', '-')}" for name in names}
@@ -165,7 +170,7 @@ def _check_flags(argv: Sequence[str], parts: Sequence[Any], *, known: Sequence[s
             return
         flag = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and flag not in flags:
-            raise errors.unknown("flag", flag, flags, advice="see --help")
+            raise errors.unknown("flag", flag, flags, advice=advice)
 
 
 def _read_together(
@@ -215,7 +220,9 @@ def preset_of(argv: Sequence[str], presets: Mapping[str, T]) -> tuple[str | None
     """
     rest, name, words = [], None, iter(argv)
     for word in words:
-        if word == "--preset":
+        if word == "--":  # behind it words alone
+            rest += [word, *words]
+        elif word == "--preset":
             name = next(words, "")
         elif word.startswith("--preset="):
             name = word.partition("=")[2]

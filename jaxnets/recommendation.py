@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import io
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,9 +57,15 @@ class Catalogue:
         try:
             arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
             return cls(**{**arrays, "mean": float(arrays["mean"])})
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             reason = errors.first_line(error)
             raise errors.ConfigError(f"the catalogue can't be read: {reason}") from None
+
+    @property
+    def is_learnt(self) -> tuple[np.ndarray, np.ndarray]:
+        """Boolean `[U]` and `[I]`: who and what has a rating that was trained on."""
+        items = np.unpackbits(np.bitwise_or.reduce(self.seen, axis=0), count=len(self.item_ids))
+        return self.seen.any(axis=1), items.astype(bool)
 
     def to_bytes(self) -> bytes:
         """All of it, in NumPy's format."""
@@ -118,10 +126,14 @@ def _recommend(make_model, saved: SavedRun, words: Sequence[str], flags: Recomme
     if not 1 <= flags.count <= size:
         raise errors.ConfigError(f"count is 1 to {size}, the films there are, not {flags.count}")
     scores_I = model.apply({"params": params}, jnp.array([user]), method="all_items")[0]
+    user_is_learnt, item_is_learnt = known.is_learnt
+    if not user_is_learnt[user]:
+        raise errors.ConfigError(f"no rating of user {flags.user} was trained on: nothing is known")
     is_seen_I = jnp.unpackbits(jnp.asarray(known.seen[user]), count=size) == 1
-    best, items = jax.lax.top_k(
-        jnp.where(is_seen_I, -jnp.inf, scores_I.astype(jnp.float32)), flags.count
-    )
+    # Nothing was learnt of a film without a rating in training: its score is chance.
+    is_left_out = is_seen_I | ~jnp.asarray(item_is_learnt)
+    scores_I = jnp.where(is_left_out, -jnp.inf, scores_I.astype(jnp.float32))
+    best, items = jax.lax.top_k(scores_I, flags.count)
     what = _unit(saved)
     print(f"for user {flags.user}, who has rated {int(is_seen_I.sum())} films in training:")
     for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
@@ -149,6 +161,7 @@ def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFl
             pairs.append((user, ratings.number_of(known.item_ids, cells[1], "movie")))
         except errors.ConfigError as error:
             raise errors.ConfigError(f"{where}: {error}") from None
+    _warn_of_chance(known, pairs)
     scores = np.asarray(model.apply({"params": params}, jnp.array(pairs)), np.float32)
     what = _unit(saved)
     if what == "stars":
@@ -161,6 +174,20 @@ def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFl
         return
     for (u, i), score, (_, item) in zip(ids, scores.tolist(), pairs, strict=True):
         print(f"user {u}, movie {i}: {what} {score:.2f}  {known.titles[item]}")
+
+
+def _warn_of_chance(known: Catalogue, pairs: Sequence[tuple[int, int]]) -> None:
+    """Name those of whom nothing was learnt."""
+    users, items = known.is_learnt
+    found = {f"user {known.user_ids[u]}": None for u, _ in pairs if not users[u]}
+    found |= {f"movie {known.item_ids[i]}": None for _, i in pairs if not items[i]}
+    if found:
+        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+        warnings.warn(
+            f"no rating was trained on of {', '.join(list(found)[:5])}{more}: predictions of those are "
+            "chance",
+            stacklevel=2,
+        )
 
 
 def _cells(text: str, mark: str) -> list[str]:

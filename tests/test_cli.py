@@ -1,6 +1,7 @@
 """The commands as a user types them: what they write, and what they say to bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -8,12 +9,13 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from experiments import cifar10, digits
-from jaxnets import cli, data, registry, run
+from jaxnets import cli, data, errors, registry, run
 
 SMALL = ["--no-pictures", "--dataset", "digits", "--model", "mlp", "--batch-size", "64"]
 
@@ -378,6 +380,21 @@ def test_help_names_the_module_of_an_experiment_that_lies_elsewhere(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert "usage: python -m mine.trial {train,eval,duel}" in ran.stdout
+
+
+@pytest.mark.parametrize(("seconds", "is_said"), [(0.0, True), (60.0, False)])
+def test_data_that_takes_long_is_no_silence(monkeypatch, capsys, seconds, is_said):
+    monkeypatch.setattr(cli, "_SILENCE_S", seconds)
+
+    def make_recipe(config, options):
+        time.sleep(0.2)
+        raise errors.DataError("no data")
+
+    experiment = dataclasses.replace(digits.EXPERIMENT, make_recipe=make_recipe)
+    assert cli.main(experiment, ["train", "--num-devices", "1"]) == 2
+    said = capsys.readouterr()
+    assert ("digits: reading and preparing the data" in said.err) == is_said
+    assert "no data" in said.err
 
 
 def test_data_that_is_wrong(tmp_path, capsys):

@@ -214,3 +214,28 @@ def test_a_flag_that_may_be_repeated():
     assert parse("--plugin", "a.py", "--plugin=b/c.py")[1].plugin == (Path("a.py"), Path("b/c.py"))
     options = parse("--plugin", "a.py")[1]
     assert json.loads(json.dumps(config.to_json(options)))["plugin"] == ["a.py"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    top: int = 3  # how many
+
+
+def parse_words(*argv):
+    own, words = config.parse_command(
+        argv, Own(), RunOptions(), words="TEXT", prog="python -m test", about="A test."
+    )[1::-1]
+    return words, own.top
+
+
+def test_words_that_look_like_flags_stand_behind_two_dashes():
+    assert parse_words("a film", "--top", "4", "--", "--top", "-x") == (("a film", "--top", "-x"), 4)
+    with pytest.raises(
+        errors.ConfigError, match=r"'--bad film': .*a TEXT like this goes behind a bare --"
+    ):
+        parse_words("--bad film")
+    words = ["a film", "--preset", "small", "--", "--preset", "large"]
+    assert config.preset_of(words, {"small": 0, "large": 1}) == (
+        "small",
+        ["a film", "--", "--preset", "large"],
+    )

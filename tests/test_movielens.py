@@ -12,7 +12,7 @@ import pytest
 
 from experiments import movielens
 from experiments.movielens import Config, make_recipe
-from jaxnets import errors
+from jaxnets import cli, errors
 from jaxnets.config import RunOptions
 from jaxnets.data import Batches, load_ratings, ratings, take
 from jaxnets.train import Checkpoints
@@ -31,7 +31,7 @@ def somewhere_else(tmp_path, monkeypatch):
 def run(command, *words):
     if command in ("train", "crossvalidate") and "--num-devices" not in words:
         words = (*words, "--num-devices", "1")
-    return movielens.main([command, *words])
+    return cli.main(movielens.EXPERIMENT, [command, *words])
 
 
 def result_of(folder):
@@ -195,6 +195,10 @@ def test_crossvalidation_takes_every_fold_and_the_mean(tmp_path, capsys):
     assert "leave out --fold" in capsys.readouterr().err
     assert run("crossvalidate", "--loss", "bce") == 2
     assert "crossvalidate is of ratings" in capsys.readouterr().err
+    assert run("crossvalidate", "--num-processes", "2") == 2
+    assert "crossvalidate trains in one process" in capsys.readouterr().err
+    assert cli.main(movielens.EXPERIMENT, ["--help"]) == 0
+    assert re.search("^crossvalidate +train on all five folds", capsys.readouterr().out, re.M)
 
 
 def test_errors_are_of_stars_as_they_can_be():

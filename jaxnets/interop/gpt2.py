@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxnets import errors
-from jaxnets.interop.weights import Row, Table, flatten, to_linen, to_torch
+from jaxnets.interop.weights import Row, Table, as_array, to_torch
 
 if TYPE_CHECKING:  # PyTorch's side of a duel never imports JAX
     from jaxnets.models.gpt import GPT
@@ -75,7 +75,7 @@ def from_gpt2(model: "GPT", state_dict: Mapping[str, Any], *, is_linear: bool = 
 
     Args:
         model: of the same sizes, with the vocabulary that the weights have.
-        state_dict: of `GPT2LMHeadModel` or `GPT2Model`, or of nanoGPT, as arrays or CPU tensors; also
+        state_dict: of `GPT2LMHeadModel` or `GPT2Model`, or of nanoGPT, as arrays or tensors; also
             what `safetensors.numpy.load_file` reads.
         is_linear: as of `table`.
 
@@ -91,22 +91,26 @@ def from_gpt2(model: "GPT", state_dict: Mapping[str, Any], *, is_linear: bool = 
         >>> from_gpt2(gpt(5, num_layers=0), {"wte.weight": 0})
         Traceback (most recent call last):
         ...
-        jaxnets.errors.ParityError: weights: PyTorch has no transformer.ln_f.bias, ...
+        jaxnets.errors.ParityError: these weights aren't those of the model: missing ...
     """
     weights = {
-        name if name == _HEAD or name.startswith(_PREFIX) else _PREFIX + name: np.asarray(x)
+        name if name == _HEAD or name.startswith(_PREFIX) else _PREFIX + name: as_array(x)
         for name, x in state_dict.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # masks, not weights
     }
+    also = ()
     if model.tie_embeddings and _HEAD in weights:
         head = weights.pop(_HEAD)
         if not np.array_equal(head, weights.get(f"{_PREFIX}wte.weight", head)):
-            raise errors.ParityError(
-                f"weights: {_HEAD} isn't the table of tokens, and the model ties them"
-            )
-    variables = to_linen(_table_of(model, is_linear), weights)
-    _check_shapes(model, variables)
-    return variables
+            also = (f"{_HEAD} isn't the table of tokens, and the model ties them",)
+    import jax
+    import jax.numpy as jnp
+
+    from jaxnets.interop.state_dict import from_state_dict
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return from_state_dict(_table_of(model, is_linear), weights, like, also=also)
 
 
 def to_gpt2(model: "GPT", params: Any, *, is_linear: bool = False) -> dict[str, np.ndarray]:
@@ -131,19 +135,3 @@ def _table_of(model: "GPT", is_linear: bool) -> Table:
         tie_embeddings=model.tie_embeddings,
         is_linear=is_linear,
     )
-
-
-def _check_shapes(model: "GPT", variables: Mapping[str, Any]) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    expected = flatten(jax.eval_shape(model.init, jax.random.key(0), tokens))
-    found = flatten(variables)
-    wrong = [
-        f"{name} is {found[name].shape}, the model's {x.shape}"
-        for name, x in expected.items()
-        if found[name].shape != x.shape
-    ]
-    if wrong:
-        raise errors.ParityError(f"weights: {'; '.join(wrong)}")

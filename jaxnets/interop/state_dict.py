@@ -7,17 +7,28 @@ stands behind the reset gate. On the way out the second bias is 0 where there is
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxnets import errors
-from jaxnets.interop.weights import Row, Table, dense, to_linen, to_torch
+from jaxnets.interop.weights import Row, Table, as_array, dense, to_linen, to_torch
 from jaxnets.train.files import write_atomically
 
+# The library's own table for NumPy has no bfloat16.
+_DTYPES = {"BF16": jnp.bfloat16, "BOOL": np.bool_, "C64": np.complex64} | {
+    f"{letter}{8 * size}": np.dtype(f"{kind}{size}")
+    for letter, kind, sizes in (
+        ("F", "f", (2, 4, 8)),
+        ("I", "i", (1, 2, 4, 8)),
+        ("U", "u", (1, 2, 4, 8)),
+    )
+    for size in sizes
+}
 _SECOND_BIAS = re.compile(r"(|.*\.)bias_hh_(l\d+(?:_reverse)?)$")
 
 
@@ -72,7 +83,7 @@ def encoder(
 def decoder(
     linen: str, torch: str, *, num_layers: int, width: int, num_heads: int, use_final_norm: bool
 ) -> Table:
-    """The rows of `models.Decoder` and `torch.nn.TransformerDecoder`."""
+    """The rows of `Decoder` and `torch.nn.TransformerDecoder`."""
     sizes = {"width": width, "num_heads": num_heads}
     linen, torch = (f"{name}{sign}" if name else "" for name, sign in ((linen, "/"), (torch, ".")))
     rows: list[Row] = []
@@ -166,14 +177,19 @@ def to_state_dict(table: Table, variables: Mapping[str, Any]) -> dict[str, np.nd
 
 
 def from_state_dict(
-    table: Table, state_dict: Mapping[str, Any], like: Mapping[str, Any]
+    table: Table,
+    state_dict: Mapping[str, Any],
+    like: Mapping[str, Any],
+    *,
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Linen variables from a state_dict.
 
     Args:
         table: the rows of the model.
-        state_dict: names to arrays, or to CPU tensors without a gradient.
+        state_dict: names to arrays or tensors.
         like: the model's variables, or their shapes.
+        also: what else is known to be wrong, for the message.
 
     Returns:
         variables of the shapes of `like` and the dtypes of the state_dict.
@@ -181,9 +197,9 @@ def from_state_dict(
     Raises:
         ParityError: in one message all that is missing, unexpected, or has another shape.
     """
-    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), dict(like))
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), dict(like))
     expected = {name: array.shape for name, array in to_state_dict(table, empty).items()}
-    given = {name: np.asarray(array) for name, array in state_dict.items()}
+    given = {name: as_array(array) for name, array in state_dict.items()}
     wrong = []
     if missing := [name for name in expected if name not in given]:
         wrong.append(f"missing {', '.join(missing)}")
@@ -194,6 +210,7 @@ def from_state_dict(
         for name, shape in expected.items()
         if name in given and given[name].shape != shape
     ]
+    wrong += also
     if wrong:
         raise errors.ParityError(f"these weights aren't those of the model: {'; '.join(wrong)}")
     named = {row.torch for row in table}
@@ -218,8 +235,8 @@ def save_safetensors(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
     Raises:
         ConfigError: if the library safetensors isn't installed.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
-    write_atomically(Path(path), _library().save(arrays))
+    arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
+    write_atomically(Path(path), _library().numpy.save(arrays))
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -231,7 +248,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     library = _library()
     try:
-        return library.load(Path(path).read_bytes())
+        found = library.deserialize(Path(path).read_bytes())
+        return {
+            name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"]) for name, x in found
+        }
     except Exception as error:  # the library has errors of its own
         raise errors.DataError(f"{path} is no safetensors file: {errors.first_line(error)}") from error
 
@@ -244,4 +264,4 @@ def _library():
             "safetensors files need the library safetensors, which isn't installed: "
             "pip install 'jaxnets[text]'"
         ) from error
-    return safetensors.numpy
+    return safetensors

@@ -207,7 +207,7 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         table: the rows of the model.
-        state_dict: names to arrays (or CPU tensors without a gradient).
+        state_dict: names to arrays or tensors.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, nested.
@@ -224,7 +224,7 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
             place = variables
             for folder in folders:
                 place = place.setdefault(folder, {})
-            array, (i, count) = np.asarray(state_dict[row.torch]), row.part
+            array, (i, count) = as_array(state_dict[row.torch]), row.part
             if count > 1:
                 if array.shape[row.outputs_axis] % count:
                     raise errors.ParityError(
@@ -233,6 +233,18 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
                 array = np.split(array, count, axis=row.outputs_axis)[i]
             place[name] = row.to_linen(array)
     return variables
+
+
+def as_array(x: Any) -> np.ndarray:
+    """An array, or a copy of a tensor of PyTorch, as an array of the same dtype, bfloat16 too."""
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    if str(x.dtype) != "torch.bfloat16":
+        return x.numpy().copy()  # which a step of the module doesn't change
+    import ml_dtypes  # JAX brings it
+
+    return x.float().numpy().astype(ml_dtypes.bfloat16)
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def beam_search(
 
     Returns:
         tokens `[B, W, T]`, `end` from the end on, and their scores `[B, W]`, best first. A hypothesis
-        that found no end has none.
+        of max_length tokens that found no end has none; one that its row's limit stopped is
+        filled up with it.
 
     Raises:
         ValueError: if a number is out of range.

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from jaxnets import errors
 from jaxnets.layers import LSTM, Dropout, Embedding
 from jaxnets.layers.embedding import embed
 from jaxnets.typing import Array, Params, PyTree
+
+POOLINGS = ("last", "max")
 
 
 class LSTMClassifier(nn.Module):
@@ -65,6 +69,8 @@ class LSTMClassifier(nn.Module):
         Returns:
             logits `[B, C]`.
         """
+        if self.pooling not in POOLINGS:
+            raise errors.unknown("pooling", self.pooling, POOLINGS)
         if mask is not None and mask.ndim == 1:
             mask = None
         table = Embedding(self.vocabulary_size, self.width, self.dtype, _uniform(0.05), name="embedding")
@@ -164,6 +170,26 @@ def with_ratios(
         return params, {"statistics": {"ratio": jnp.asarray(ratio)}}
 
     return init
+
+
+def sharding_rules() -> tuple[tuple[str, P], ...]:
+    """Where the leaves of a training state lie, on a mesh with the axes "fsdp" and "tensor".
+
+    Words, or features, and the outputs of the LSTM's kernels are cut over "tensor", inputs and a word's
+    numbers over "fsdp"; each has to divide evenly. Classes stay together.
+
+    Returns:
+        ordered (pattern, spec) for the paths of `LSTMClassifier` and `WeightedNaiveBayes`.
+    """
+    return (
+        (r"(^|/)embedding/embedding$", P("tensor", "fsdp")),
+        (r"(^|/)lstm/(.+/)?\w*kernel$", P("fsdp", "tensor")),
+        (r"(^|/)lstm/(.+/)?\w*bias$", P("tensor")),
+        (r"(^|/)head/kernel$", P("fsdp")),
+        (r"(^|/)(weight|ratio)$", P("tensor")),
+        (r"(^|/)bias$", P()),
+        (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P()),
+    )
 
 
 def _uniform(limit: float) -> jax.nn.initializers.Initializer:

@@ -51,13 +51,32 @@ def test_both_ways_bit_for_bit(encoder):
     assert given["layers.0.self_attn.in_proj_weight"][2, 1] == query[1, 1, 0]
 
 
+@pytest.mark.parity
+def test_tensors_keep_their_dtype(encoder):
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 1, norm=torch.nn.LayerNorm(4)
+    )
+    theirs.bfloat16()
+    back = state_dict.from_state_dict(TABLE, dict(theirs.named_parameters()), encoder)
+    kernel = back["params"]["layer1"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    expected = theirs.layers[0].linear1.weight.float().detach().numpy().T
+    np.testing.assert_array_equal(kernel.astype(np.float32), expected)
+
+
 def test_safetensors(encoder, tmp_path):
     pytest.importorskip("safetensors")
     given = state_dict.to_state_dict(TABLE, encoder)
     path = tmp_path / "encoder.safetensors"
+    given["half"] = np.ones((2, 3), jnp.bfloat16)
+    given["counter"] = np.array(3)  # which has no axis
+    given |= {f"of {t}": np.array([1, 0], t) for t in ("bool", "int8", "uint16", "float16", "complex64")}
     state_dict.save_safetensors(path, given)
     found = state_dict.read_safetensors(path)
-    assert sorted(found) == sorted(given)
+    assert {name: (x.dtype, x.shape) for name, x in found.items()} == {
+        name: (x.dtype, x.shape) for name, x in given.items()
+    }
     for name, array in given.items():
         np.testing.assert_array_equal(found[name], array)
     path.write_bytes(path.read_bytes()[:-7])
