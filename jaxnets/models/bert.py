@@ -1,8 +1,8 @@
 """BERT's encoder (Devlin et al. 2019, arXiv 1810.04805): tokens to a vector for each.
 
 Embeddings of token, place and type are added and normalised, then come the layers of
-`models.transformer_stack.Encoder` with the normalisation after each part and exact GELU. What differs: no pooling layer, and no heads of
-pre-training; hidden units are dropped, too, where dropout isn't 0.
+`models.transformer_stack.Encoder` with the normalisation after each part and exact GELU. What differs:
+no pooling layer, and no heads of pre-training; hidden units are dropped, too, where dropout isn't 0.
 """
 
 import jax.numpy as jnp
