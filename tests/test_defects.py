@@ -114,6 +114,13 @@ def test_faulty_fusions_are_seen():
     lengths = compiled(
         lambda m, x: jax.vmap(lambda x: jnp.sum((m @ x) ** 2))(x), (3, 3), (40_000, 3)
     )  # fmt: skip
+    wide = compiled(lambda q, k: jnp.max(jnp.einsum("bqk,bsk->bqs", q, k), 2), (4, 64, 8), (4, 64, 8))
+    rows = compiled(lambda m, x: jax.vmap(lambda x: jnp.sum((m @ x) ** 2))(x), (5, 7), (50_000, 7))
+    for product_and_sum in (wide, rows):
+        assert "__ynn_fusion" in product_and_sum
+        assert defects._sums_products(product_and_sum.replace("dot(%", "dot(%other"))
+    assert defects.faulty_fusions(wide, "0.10.2") == []
+    assert defects.faulty_fusions(rows, "0.10.2") == ["three-vectors"]
     harmless = compiled(lambda m, x: (jnp.tanh(x @ m).sum(0), x.sum(1)), (3, 8), (64, 3))
     assert "__ynn_fusion" in harmless
     assert defects.faulty_fusions(product, "0.10.2") == ["rank-7-sum"]
