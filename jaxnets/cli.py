@@ -289,8 +289,9 @@ def _train(
 
 def _listing(experiment: Experiment) -> str:
     """The commands and what they do."""
-    own = experiment.programs | experiment.commands
-    about = COMMANDS | {name: command.about for name, command in own.items()}
+    about = dict(COMMANDS)
+    for own in (experiment.programs, experiment.commands):
+        about.update((name, command.about) for name, command in own.items())
     width = max(map(len, about))
     return "".join(f"{name:<{width}}  {line}\n" for name, line in about.items())
 

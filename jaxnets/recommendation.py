@@ -65,7 +65,7 @@ class Catalogue:
     def is_learnt(self) -> tuple[np.ndarray, np.ndarray]:
         """Boolean `[U]` and `[I]`: who and what has a rating that was trained on."""
         items = np.unpackbits(np.bitwise_or.reduce(self.seen, axis=0), count=len(self.item_ids))
-        return self.seen.any(axis=1), items.astype(bool)
+        return np.asarray(self.seen.any(axis=1)), items.astype(bool)
 
     def to_bytes(self) -> bytes:
         """All of it, in NumPy's format."""

@@ -33,7 +33,14 @@ def run(case, folder, steps, *words, devices=1):
 def found_in(folder):
     with Checkpoints(folder / "checkpoints") as checkpoints:
         params = jax.device_get(read_model(checkpoints, checkpoints.latest())[0])
-    return jax.tree.leaves(params), json.loads((folder / "result.json").read_text())["eval"]
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    return named, json.loads((folder / "result.json").read_text())["eval"]
+
+
+def assert_same(left, right):
+    assert list(left) == list(right)
+    for name, leaf in left.items():
+        np.testing.assert_array_equal(leaf, right[name], err_msg=name)
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -43,8 +50,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(case, tmp_path):
     assert run(case, tmp_path / "two", 4, *words) == 0
     assert run(case, tmp_path / "two", 9, *words) == 0
     (left, eval_left), (right, eval_right) = (found_in(tmp_path / name) for name in ("one", "two"))
-    for a, b in zip(left, right, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(left, right)
     assert eval_left == eval_right
 
 
@@ -55,13 +61,18 @@ def alone(request, tmp_path_factory):
     return request.param, found_in(folder)
 
 
-@pytest.mark.parametrize("strategy", ["pmap", "fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "strategy", ["tensor", *(pytest.param(name, marks=pytest.mark.long) for name in ("pmap", "fsdp"))]
+)
 def test_devices_make_no_difference(alone, tmp_path, strategy):
     case, (expected, expected_eval) = alone
     assert run(case, tmp_path / "run", 4, "--strategy", strategy, devices=4) == 0
     found, found_eval = found_in(tmp_path / "run")
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert list(expected) == list(found)
+    for name, a in expected.items():
+        # Softmax doesn't see the keys' bias: its gradient is rounding, which Adam makes steps of.
+        atol = 4 * 3e-5 if "key']['bias" in name else 2e-5
+        np.testing.assert_allclose(found[name], a, rtol=1e-4, atol=atol, err_msg=name)
     for name, value in expected_eval.items():
         np.testing.assert_allclose(found_eval[name], value, rtol=1e-4, err_msg=name)
 
@@ -70,6 +81,5 @@ def test_streamed_batches_are_the_same(alone, tmp_path):
     case, (expected, expected_eval) = alone
     assert run(case, tmp_path / "run", 4, "--stream") == 0
     found, found_eval = found_in(tmp_path / "run")
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(expected, found)
     assert found_eval == expected_eval
