@@ -151,7 +151,7 @@ def value_bounds(settings: Mapping[str, Any], parity: Mapping[str, Any]) -> list
 
     Args:
         settings: of a contender.
-        parity: as `check_parity` gives it, of at most 128 rows, which stand for the timed batch.
+        parity: as `check_parity` gives it, of a batch, maybe smaller, that stands for the timed one.
 
     Returns:
         a bound for each value; in training for as many steps as parity was proved of, at most.

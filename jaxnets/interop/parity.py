@@ -28,12 +28,13 @@ from jaxnets import errors
 from jaxnets.data import Batches
 from jaxnets.interop.distance import allowed, distances, only_rounding
 from jaxnets.interop.reference import Reference
-from jaxnets.interop.sides import Arrays, Record, initial_variables, run_jax, run_torch
+from jaxnets.interop.sides import Arrays, Record, initial_variables, output_bytes, run_jax, run_torch
 from jaxnets.interop.weights import Table, flatten, to_linen, to_torch
 from jaxnets.recipe import Recipe
 
 NUM_STEPS = 20
 MAX_BATCH_SIZE = 128  # float64 is slow, and a step of 128 rows shows what one of 1024 does
+MAX_OUTPUT_BYTES = 2**30  # of all layers in one batch, in float64; a dozen of them are held
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
 _SWITCHING = ("gradients", "parameters after 1 step")  # where a unit that switches shows at once
 NUM_NUDGES = 3  # runs with other weights, which show what rounding may do
@@ -67,7 +68,7 @@ def check_parity(
     """
     variables = initial_variables(recipe)
     check_round_trip(reference.weights, variables)
-    batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
+    batch_size = _batch_size(recipe, variables)
     draws = list(Batches(recipe.num_examples, batch_size, num_steps * batch_size, seed=recipe.seed))
     report: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size, "dropout": "off"}
     exact, nudged = None, []
@@ -86,6 +87,14 @@ def check_parity(
         exact = theirs
         say(_summary(dtype, stages, num_steps))
     return report
+
+
+def _batch_size(recipe: Recipe, variables: Mapping[str, Any]) -> int:
+    """Rows of the batches: as many as are trained on, as far as time and memory allow."""
+    batch_size = min(recipe.batch_size, MAX_BATCH_SIZE)
+    (draw,) = Batches(recipe.num_examples, batch_size, batch_size, seed=recipe.seed)
+    needed = output_bytes(recipe, variables, draw)
+    return batch_size if needed <= MAX_OUTPUT_BYTES else max(1, batch_size * MAX_OUTPUT_BYTES // needed)
 
 
 def _nudged(

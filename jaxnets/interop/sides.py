@@ -6,7 +6,7 @@ training runs, compiled in the same way; dropout is off on both sides, since mas
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,16 @@ def initial_variables(recipe: Recipe) -> dict[str, Any]:
         lambda: create_state(recipe.init_fn, recipe.tx, key=key)
     )
     return jax.device_get({"params": state.params, **state.model_state})
+
+
+def output_bytes(recipe: Recipe, variables: Mapping[str, Any], draw: Mapping[str, Any]) -> int:
+    """The size in float64 of what all layers of the recipe give for this draw; nothing is computed."""
+    model_state = dict(variables)
+    params = model_state.pop("params")
+    key = jax.random.key(recipe.seed)
+    run = _recording(lambda batch: recipe.loss_fn(params, model_state, batch, key=key), [])
+    shapes = jax.eval_shape(run, dict(take(recipe.train_arrays, draw)))
+    return 8 * sum(x.size for x in jax.tree.leaves(shapes))
 
 
 def run_jax(
@@ -189,8 +199,13 @@ def load_weights(model: Any, state_dict: Mapping[str, np.ndarray]) -> None:
 def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, list[float]]:
     """The outputs of all Linen modules while function(batch) runs, and the dropout rates."""
     rates: list[float] = []
+    outputs = jax.jit(_recording(function, rates))(dict(batch))
+    return jax.device_get(outputs), sorted(rates)
 
-    @jax.jit
+
+def _recording(function: Any, rates: list[float]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What gives the outputs of all Linen modules while function(batch) runs; it adds dropout rates."""
+
     def run(batch: Mapping[str, Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
@@ -207,7 +222,7 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
             function(batch)
         return seen
 
-    return jax.device_get(run(dict(batch))), sorted(rates)
+    return run
 
 
 @contextlib.contextmanager

@@ -239,6 +239,7 @@ class Encoder(nn.Module):
         Returns:
             `[B, S, D]`.
         """
+        x_BSD = x_BSD.astype(self.fields.dtype or x_BSD.dtype)
         for i in range(1, self.num_layers + 1):
             layer = EncoderLayer(self.fields, name=f"layer{i}")
             x_BSD = layer(x_BSD, train=train, rows=rows, mask=mask)
@@ -289,6 +290,7 @@ class Decoder(nn.Module):
         Returns:
             `[B, T, D]`.
         """
+        x_BTD = x_BTD.astype(self.fields.dtype or x_BTD.dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, memory_BSD, train=train, rows=rows, mask=mask, memory_mask=memory_mask)
         return self.norm(x_BTD)
@@ -304,6 +306,21 @@ class Decoder(nn.Module):
             x_BWD, kept = layer.step(x_BWD, kept, position, known, memory_mask)
             caches.append(kept)
         return self.norm(x_BWD), tuple(caches)
+
+
+def encoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields: Any) -> Encoder:
+    """An `Encoder` of layers that have these `LayerFields`.
+
+    Example:
+        >>> encoder(2, width=8, num_heads=2, hidden=16).fields.width
+        8
+    """
+    return Encoder(num_layers, LayerFields(**fields), use_final_norm)
+
+
+def decoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields: Any) -> Decoder:
+    """A `Decoder` of layers that have these `LayerFields`."""
+    return Decoder(num_layers, LayerFields(**fields), use_final_norm)
 
 
 def _final_norm(stack: Encoder | Decoder) -> Callable[[Array], Array]:

@@ -87,6 +87,12 @@ entries: dict[str, dict[str, Entry]] = {
         transformer="models.transformer:Transformer",
         attention_rnn="models.attention_rnn:AttentionRNN",
     ),
+    "layer": _built_in(
+        lstm="layers.recurrent:LSTM",
+        gru="layers.recurrent:GRU",
+        transformer_encoder="models.transformer_stack:encoder",
+        transformer_decoder="models.transformer_stack:decoder",
+    ),
     "loss": _built_in(
         softmax_cross_entropy="losses.classification:softmax_cross_entropy",
         sigmoid_cross_entropy="losses.classification:sigmoid_cross_entropy",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxnets import errors
+from jaxnets.data import Batches
 from jaxnets.interop import parity
 from jaxnets.train import optim
 from tests.interop import tiny_duel as tiny
@@ -81,6 +82,20 @@ def mutate(reference, **changes):
 
 
 @pytest.mark.parity
+@pytest.mark.parity
+def test_batches_are_smaller_where_their_outputs_would_not_fit(monkeypatch):
+    recipe = tiny.recipe("mlp", image_shape=(4, 4, 1), optimizer="sgd")
+    reference = load(recipe)
+    variables = parity.initial_variables(recipe)
+    (draw,) = Batches(recipe.num_examples, 8, 8)
+    whole = parity.output_bytes(recipe, variables, draw)
+    outputs = parity.run_jax(recipe, variables, [draw], "float64").outputs
+    assert whole == sum(x.nbytes for x in outputs.values())
+    for allowed, rows in ((whole, 8), (whole - 1, 7), (whole // 4, 2), (1, 1)):
+        monkeypatch.setattr(parity, "MAX_OUTPUT_BYTES", allowed)
+        assert parity.check_parity(recipe, reference, num_steps=1)["batch_size"] == rows
+
+
 def test_what_rounding_may_do_is_seen_from_other_weights():
     """It widens the bound of the gradients alone, and a gradient that is missing stays a mistake."""
     from jaxnets.interop.sides import run_torch

@@ -26,7 +26,7 @@ EVERY = [(kind, name) for kind in registry.kinds() for name in registry.names(ki
 def test_kinds_and_names():
     assert registry.kinds() == [
         *("model", "language_model", "text_model", "recommender", "text_encoder", "translation_model"),
-        *("loss", "optimizer", "row_optimizer", "dataset", "text_dataset", "ratings"),
+        *("layer", "loss", "optimizer", "row_optimizer", "dataset", "text_dataset", "ratings"),
     ]
     assert {"lenet", "convnet", "mlp"} <= set(registry.names("model"))
     for kind in registry.kinds():
