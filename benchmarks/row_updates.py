@@ -4,8 +4,7 @@
 
 Matrix factorisation of 1,000 users and more and more items, lazy Adam. All sizes are in memory at once,
 and rounds go over them and over both libraries in turns. What a step takes beside the state is the
-program's own plan. The goal: that memory is the same for ten million rows as for ten
-thousand, and the time but for what reading rows takes from a table that no cache holds.
+program's own plan. The goal: that memory and time are the same for ten million rows as for ten thousand.
 """
 
 import dataclasses

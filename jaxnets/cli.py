@@ -166,8 +166,9 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
         return 0
     preset, words = preset_of(argv, experiment.presets)
     default = experiment.presets[preset] if preset else experiment.config
-    if command == "duel":
-        default = _for_duel(experiment, default)
+    usual = default
+    if command == "duel":  # without what the PyTorch reference doesn't have
+        default = dataclasses.replace(default, **experiment.duel)
     about = experiment.about
     if experiment.presets:
         about += f" --preset NAME takes other defaults: {', '.join(experiment.presets)}."
@@ -206,6 +207,7 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     if command == "duel":
         from jaxnets.interop.duel import run_duel  # the only command that needs PyTorch
 
+        _say_what_differs(experiment, usual, config)
         with _announced(f"{experiment.name}: reading and preparing the data"):
             recipe = experiment.make_recipe(config, options)
         return run_duel(experiment.module, recipe, config, options)
@@ -312,13 +314,15 @@ def _prepared(
     return made[0]
 
 
-def _for_duel(experiment: Experiment, config: Any) -> Any:
-    """The config without what the PyTorch reference doesn't have."""
-    changes = {name: value for name, value in experiment.duel.items() if getattr(config, name) != value}
-    if changes:
-        said = (f"{name} {value} instead of {getattr(config, name)}" for name, value in changes.items())
-        hosts.say(f"the PyTorch reference takes {', '.join(said)}")
-    return dataclasses.replace(config, **changes)
+def _say_what_differs(experiment: Experiment, usual: Any, config: Any) -> None:
+    """Say what a duel doesn't take from the experiment because the PyTorch reference has none of it."""
+    said = [
+        f"--{name.replace('_', '-')} {value} instead of {getattr(usual, name)}"
+        for name, value in experiment.duel.items()
+        if getattr(config, name) == value != getattr(usual, name)
+    ]
+    if said:
+        hosts.say(f"as the PyTorch reference has it: {', '.join(said)}")
 
 
 @contextlib.contextmanager

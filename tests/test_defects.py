@@ -131,6 +131,28 @@ def test_faulty_fusions_are_seen():
     assert not defects.has_faulty_fusions("0.99")
 
 
+@pytest.mark.skipif(jax.__version__ != "0.10.2", reason="of this version's defect")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_of_products_that_are_not_avoided_are_right(dtype, x64):
+    """Of 3, 5, 6 and 7 some are wrong; from there on none."""
+    rows = 49_153
+
+    def is_right(size, columns):
+        rng = np.random.default_rng(size)
+        x = rng.integers(-3, 4, (rows, size)).astype(dtype)
+        matrix = rng.integers(-3, 4, (columns, size)).astype(dtype)
+        run = jax.jit(
+            lambda x, matrix: jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(x),
+            compiler_options=programs.CPU_OPTIONS,
+        )
+        return np.array_equal(run(x, matrix), np.square(x @ matrix.T).sum(axis=1))
+
+    wide = [(size, columns) for size in (*range(8, 18), 24, 31, 33, 64, 65) for columns in (2, size)]
+    assert [case for case in wide if not is_right(*case)] == []
+    narrow = (3,) if dtype == "float32" else (3, 5, 6, 7)
+    assert not any(is_right(size, size) for size in narrow)
+
+
 @pytest.mark.parametrize("name", ["jit", "pmap", "fsdp"])
 def test_one_careful_program_does_not_make_others_careful(name, monkeypatch):
     """A program is compiled once, and again only if it has a fault."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.torch_reference.parts import make_resident, take
 from jaxnets import errors
-from jaxnets.interop import state_dict, weights
+from jaxnets.interop import module_tables, weights
 from jaxnets.interop.reference import Reference
 
 
@@ -103,8 +103,8 @@ def reference(
         make_resident=make_resident,
         take=take,
         weights=(
-            *state_dict.embedding("embedding", "embedding"),
-            *state_dict.recurrent("lstm", "lstm", kind="lstm"),
+            *module_tables.embedding("embedding", "embedding"),
+            *module_tables.recurrent("lstm", "lstm", kind="lstm"),
             *weights.dense("head"),
         ),
     )

@@ -15,9 +15,8 @@ from torch import nn
 from benchmarks.torch_reference.parts import adamw, make_resident, take
 from jaxnets import errors
 from jaxnets.data.subwords import BEGIN, PAD
-from jaxnets.interop import state_dict
+from jaxnets.interop import module_tables
 from jaxnets.interop.reference import Reference
-from jaxnets.models.transformer import sinusoids
 
 
 class Translator(nn.Module):
@@ -36,7 +35,10 @@ class Translator(nn.Module):
         super().__init__()
         self.width = width
         self.embedding = nn.Embedding(vocabulary_size, width)
-        places = torch.from_numpy(sinusoids(max_length, width)).to(torch.get_default_dtype())
+        wavelengths = 10_000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angle = torch.arange(max_length, dtype=torch.float64)[:, None] / wavelengths[None]
+        places = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :width]
+        places = places.to(torch.get_default_dtype())
         self.register_buffer("places", places, persistent=False)
         self.source_dropout = nn.Dropout(dropout_rate)
         self.target_dropout = nn.Dropout(dropout_rate)
@@ -148,8 +150,8 @@ def reference(
         make_resident=make_resident,
         take=take,
         weights=(
-            *state_dict.embedding("embedding", "embedding"),
-            *state_dict.encoder("encoder", "encoder", use_final_norm=True, **stack),
-            *state_dict.decoder("decoder", "decoder", use_final_norm=True, **stack),
+            *module_tables.embedding("embedding", "embedding"),
+            *module_tables.encoder("encoder", "encoder", use_final_norm=True, **stack),
+            *module_tables.decoder("decoder", "decoder", use_final_norm=True, **stack),
         ),
     )

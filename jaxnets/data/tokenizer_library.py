@@ -21,7 +21,7 @@ def library() -> Any:
         import tokenizers.trainers
     except ImportError:
         raise errors.ConfigError(
-            "words and subwords need the library tokenizers, which isn't installed: "
+            "words, subwords and byte pairs need the library tokenizers, which isn't installed: "
             "pip install 'jaxnets[text]'"
         ) from None
     return tokenizers

@@ -309,7 +309,12 @@ class Decoder(nn.Module):
 
 
 def encoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields: Any) -> Encoder:
-    """An `Encoder` of layers that have these `LayerFields`.
+    """An `Encoder` in one call.
+
+    Args:
+        num_layers: L.
+        use_final_norm: whether a normalisation stands behind them; by default where `norm_first`.
+        fields: those of `LayerFields`.
 
     Example:
         >>> encoder(2, width=8, num_heads=2, hidden=16).fields.width
@@ -319,7 +324,7 @@ def encoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields
 
 
 def decoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields: Any) -> Decoder:
-    """A `Decoder` of layers that have these `LayerFields`."""
+    """A `Decoder` in one call; the arguments are those of `encoder`."""
     return Decoder(num_layers, LayerFields(**fields), use_final_norm)
 
 

@@ -297,9 +297,10 @@ def test_importing_interop_imports_no_pytorch():
 
 
 @pytest.mark.parity
-def test_pytorchs_processes_import_no_jax():
+@pytest.mark.parametrize("name", ["classifier", "gpt", "recommender", "text_classifier", "translation"])
+def test_pytorchs_processes_import_no_jax(name):
     code = (
-        "import sys; from benchmarks.torch_reference import classifier; "
+        f"import sys; from benchmarks.torch_reference import {name}; "
         "from jaxnets.interop import duel_worker; "
         "print('torch' in sys.modules, 'jax' in sys.modules)"
     )

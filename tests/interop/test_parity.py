@@ -82,7 +82,6 @@ def mutate(reference, **changes):
 
 
 @pytest.mark.parity
-@pytest.mark.parity
 def test_batches_are_smaller_where_their_outputs_would_not_fit(monkeypatch):
     recipe = tiny.recipe("mlp", image_shape=(4, 4, 1), optimizer="sgd")
     reference = load(recipe)
@@ -96,6 +95,7 @@ def test_batches_are_smaller_where_their_outputs_would_not_fit(monkeypatch):
         assert parity.check_parity(recipe, reference, num_steps=1)["batch_size"] == rows
 
 
+@pytest.mark.parity
 def test_what_rounding_may_do_is_seen_from_other_weights():
     """It widens the bound of the gradients alone, and a gradient that is missing stays a mistake."""
     from jaxnets.interop.sides import run_torch

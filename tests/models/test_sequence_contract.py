@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
 
 from jaxnets import ops, registry
+from jaxnets.interop import state_dict
 from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
 from tests.models.tiny_translation import draw
 
@@ -32,6 +32,14 @@ NUM_PARAMS = {  # by default but for 128 units, of the input too, where a layer 
     "transformer_encoder": 18_914_304 + 2 * 512,
     "transformer_decoder": 25_224_192 + 2 * 512,
     "bert_base": 108_891_648,
+}
+_SIZES = {"num_layers": 2, "width": D, "num_heads": 2}
+TABLES = {
+    "lstm": state_dict.recurrent("", "", kind="lstm", num_layers=2, is_bidirectional=True),
+    "gru": state_dict.recurrent("", "", kind="gru", num_layers=2, is_bidirectional=True),
+    "transformer_encoder": state_dict.encoder("", "", use_final_norm=True, **_SIZES),
+    "transformer_decoder": state_dict.decoder("", "", use_final_norm=True, **_SIZES),
+    "bert_base": state_dict.bert(**_SIZES),
 }
 KINDS = {
     name: kind for kind in ("layer", "text_encoder") for name in registry.names(kind)
@@ -179,10 +187,17 @@ def test_the_compute_dtype_is_not_that_of_the_parameters(name):
 
 
 @every_name
-def test_saved_and_read_again(name):
+def test_its_weights_go_to_a_file_and_come_back(name, tmp_path):
+    """In PyTorch's layout, where each array of the layer has its place."""
+    pytest.importorskip("safetensors")
     params, batch = start(name), batch_of()
-    blank = jax.tree.map(jnp.zeros_like, params)
-    again = serialization.from_bytes(blank, serialization.to_bytes(params))
+    names = state_dict.to_state_dict(TABLES[name], {"params": params})
+    state_dict.save_safetensors(tmp_path / "weights.safetensors", names)
+    found = state_dict.read_safetensors(tmp_path / "weights.safetensors")
+    blank = {"params": jax.tree.map(np.zeros_like, params)}
+    again = state_dict.from_state_dict(TABLES[name], found, blank)["params"]
+    assert jax.tree.structure(again) == jax.tree.structure(jax.tree.map(np.asarray, params))
+    assert_close(again, params, rtol=0, atol=0)
     np.testing.assert_array_equal(outputs(name, again, batch), outputs(name, params, batch))
 
 

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jaxnets import losses, models, ops, registry
+from jaxnets.models import text_classifier
+from jaxnets.train.mesh import shard_by_rules
 from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
 
 NAMES = registry.names("text_model")
@@ -128,6 +131,13 @@ def test_training_follows_the_rows_wherever_they_are(name):
     assert np.allclose(other, expected) == (name not in HAS_DROPOUT)
 
 
+def test_pooling_that_is_not_there():
+    with pytest.raises(ValueError, match="pooling"):
+        logits_of(
+            "lstm_classifier", cast(start("lstm_classifier"), np.float32), batch_of(), pooling="men"
+        )
+
+
 @pytest.mark.parametrize("name", sorted(HAS_DROPOUT))
 def test_the_compute_dtype_is_not_that_of_the_parameters(name):
     given, batch = cast(start(name), np.float32), batch_of()
@@ -136,6 +146,20 @@ def test_the_compute_dtype_is_not_that_of_the_parameters(name):
     np.testing.assert_allclose(low.astype(np.float32), logits_of(name, given, batch), atol=0.05)
     shapes, _ = jax.eval_shape(tiny(name, dtype=jnp.bfloat16)[0], jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@every_model
+def test_the_sharding_rules_cut_every_parameter(name):
+    model = registry.get("text_model", name)(12, 2, **TINY[name] | ({"hidden": 4} if TINY[name] else {}))
+    init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    params, model_state = jax.eval_shape(init_fn, jax.random.key(0))
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    state = {"params": params, "model_state": model_state, "step": jnp.int32(0)}
+    shardings = shard_by_rules(state, text_classifier.sharding_rules(), mesh)
+    for path, sharding in jax.tree.leaves_with_path(shardings):
+        is_small = path[-1].key == "step" or [part.key for part in path[-2:]] == ["head", "bias"]
+        is_small = is_small or (name == "weighted_naive_bayes" and path[-1].key == "bias")
+        assert sharding.is_fully_replicated == is_small, path
 
 
 @every_model
