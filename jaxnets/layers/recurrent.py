@@ -63,17 +63,18 @@ class _Direction(nn.Module):
             ones, train=train, rows=rows
         )
         x_TBD = x.swapaxes(0, 1)  # first: XLA's product that changes the order takes twice as long
-        gates = ops.product(x_TBD, kernel.astype(dtype)) + bias.astype(dtype)[None, None]
+        kernel, recurrent, bias = (part.astype(dtype) for part in (kernel, recurrent, bias))
         options = {
             "mask": None if mask is None else mask.T,
             "keep": None if keep is ones else keep,
             "reverse": self.reverse,
         }
         if self.kind == "lstm":
-            y_TBH, *end = ops.lstm(gates, recurrent.astype(dtype), *start, **options)
+            y_TBH, *end = ops.lstm_of_input(x_TBD, kernel, bias, recurrent, *start, **options)
         else:
             hidden_bias = self.param("recurrent_bias", init.zeros, (size,), jnp.float32).astype(dtype)
-            y_TBH, *end = ops.gru(gates, recurrent.astype(dtype), hidden_bias, *start, **options)
+            gates = ops.product(x_TBD, kernel) + bias[None, None]
+            y_TBH, *end = ops.gru(gates, recurrent, hidden_bias, *start, **options)
         y_BTH = y_TBH.swapaxes(0, 1)
         return y_BTH if mask is None else jnp.where(mask[:, :, None], y_BTH, 0), tuple(end)
 

@@ -16,3 +16,4 @@ from jaxnets.ops.pooling import max_pool as max_pool
 from jaxnets.ops.product import product as product
 from jaxnets.ops.recurrent import gru as gru
 from jaxnets.ops.recurrent import lstm as lstm
+from jaxnets.ops.recurrent import lstm_of_input as lstm_of_input

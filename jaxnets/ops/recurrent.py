@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnets.ops.forms import is_plain
+from jaxnets.ops.forms import is_for_cpu, is_plain
+from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
 
@@ -145,6 +146,76 @@ def _lstm_backward(reverse, kept, grads):
 
 
 _lstm.defvjp(_lstm_forward, _lstm_backward)
+
+
+def lstm_of_input(
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    recurrent_kernel: Array,
+    h: Array,
+    c: Array,
+    *,
+    mask: Array | None = None,
+    keep: Array | None = None,
+    reverse: bool = False,
+) -> tuple[Array, Array, Array]:
+    """`lstm` of an input's product: `gates = x @ kernel + bias`.
+
+    Where nothing is differentiated, a CPU takes input and output in one product for each step, with the
+    kernel in front: that is faster than a product of all steps before the loop.
+
+    Args:
+        x: `[T, B, D]`.
+        kernel: `[D, 4 H]`.
+        bias: `[4 H]`.
+        recurrent_kernel: `[H, 4 H]`.
+        h: as all that follows, and what is returned, that of `lstm`.
+        c: `[B, H]`.
+        mask: `[T, B]`.
+        keep: `[B, H]`.
+        reverse: whether the last step is taken first.
+    """
+    h, c = (part.astype(x.dtype) for part in (h, c))
+    args = x, kernel, bias, recurrent_kernel, h, c, mask, keep
+    if is_plain() or not is_for_cpu():
+        return _lstm_by_gates(*args, reverse)
+    return _lstm_by_steps(*args, reverse)
+
+
+def _lstm_by_gates(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
+    gates = product(x, kernel) + bias[None, None]
+    return lstm(gates, recurrent, h, c, mask=mask, keep=keep, reverse=reverse)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _lstm_by_steps(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
+    """With rows as the last axis, so that what a step's product has to copy is the smaller factor."""
+    scale, shift = (part.T for part in _scales(h.shape[1], x.dtype))
+    both = jnp.concatenate([kernel, recurrent]).T * scale
+    bias = bias[:, None] * scale
+
+    def step(carry, inputs):
+        (h, c), (x, taken) = carry, inputs
+        fed = h if keep is None else h * keep.T
+        acts = jnp.tanh(both @ jnp.concatenate([x, fed]) + bias) * scale + shift
+        i, f, g, o = jnp.split(acts, 4)
+        new_c = f * c + i * g
+        new_h = o * jnp.tanh(new_c)
+        if taken is not None:
+            new_h, new_c = jnp.where(taken[None], new_h, h), jnp.where(taken[None], new_c, c)
+        return (new_h, new_c), new_h
+
+    (h, c), h_THB = lax.scan(step, (h.T, c.T), (x.swapaxes(1, 2), mask), reverse=reverse)
+    return h_THB.swapaxes(1, 2), h.T, c.T
+
+
+def _lstm_by_steps_forward(*args):
+    *arrays, reverse = args
+    return jax.vjp(partial(_lstm_by_gates, reverse=reverse), *arrays)
+
+
+_lstm_by_steps.defvjp(_lstm_by_steps_forward, lambda _, pull, grads: pull(grads))
 
 
 def gru(

@@ -35,6 +35,49 @@ def extras(has_mask, has_keep, seed=1):
     }
 
 
+@both_ways
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("has_keep", [False, True])
+def test_the_lstm_of_an_input_is_that_of_its_product(reverse, has_mask, has_keep, x64):
+    """Its values, which no gates are kept for, and its gradients, which go by the gates."""
+    rng = np.random.default_rng(3)
+    _, recurrent, h, c = draw("lstm")
+    x, kernel, bias = (jnp.asarray(rng.normal(size=n)) for n in ((T, B, 4), (4, 4 * H), (4 * H,)))
+    options = {**extras(has_mask, has_keep), "reverse": reverse}
+
+    def by_gates(x, kernel, bias, recurrent, h, c):
+        return ops.lstm(x @ kernel + bias[None, None], recurrent, h, c, **options)
+
+    arrays = x, kernel, bias, recurrent, h, c
+    expected = by_gates(*arrays)
+    by_hand_ = by_hand("lstm", (x @ kernel + bias[None, None], recurrent, h, c), **options)
+    found = ops.lstm_of_input(*arrays, **options)
+    with ops.plain():
+        plain = ops.lstm_of_input(*arrays, **options)
+    for a, b, c_, d in zip(found, plain, expected, by_hand_, strict=True):
+        for other in (b, c_, d):
+            np.testing.assert_allclose(a, other, rtol=1e-12, atol=1e-12)
+
+    def grads(function):
+        return jax.grad(lambda *args: sum(jnp.sum(y**2) for y in function(*args)), tuple(range(6)))(
+            *arrays
+        )
+
+    pairs = zip(grads(partial(ops.lstm_of_input, **options)), grads(by_gates), strict=True)
+    for a, b in pairs:
+        assert np.abs(b).max() > 0.01
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_lstm_of_no_step_is_its_start():
+    _, recurrent, h, c = draw("lstm")
+    y, *end = ops.lstm_of_input(
+        jnp.zeros((0, B, 4)), jnp.ones((4, 4 * H)), jnp.ones(4 * H), recurrent, h, c
+    )
+    assert y.shape == (0, B, H)
+    np.testing.assert_array_equal(end[0], h.astype(y.dtype))
+
+
 @every_kind
 def test_no_step_at_all_has_gradients(kind):
     arrays = draw(kind)
