@@ -38,8 +38,12 @@ def extras(has_mask, has_keep, seed=1):
 @both_ways
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize("has_keep", [False, True])
-def test_the_lstm_of_an_input_is_that_of_its_product(reverse, has_mask, has_keep, x64):
-    """Its values, which no gates are kept for, and its gradients, which go by the gates."""
+@pytest.mark.parametrize("many", [1, 16])
+def test_the_lstm_of_an_input_is_that_of_its_product(
+    many, reverse, has_mask, has_keep, x64, monkeypatch
+):
+    """Its values, for which many rows make no gates before the loop, and its gradients, which do."""
+    monkeypatch.setattr("jaxnets.ops.recurrent._MANY_ROWS", many)
     rng = np.random.default_rng(3)
     _, recurrent, h, c = draw("lstm")
     x, kernel, bias = (jnp.asarray(rng.normal(size=n)) for n in ((T, B, 4), (4, 4 * H), (4 * H,)))
