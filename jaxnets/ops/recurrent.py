@@ -19,9 +19,8 @@ from jaxnets.ops.forms import is_for_cpu, is_plain
 from jaxnets.ops.product import product
 from jaxnets.typing import Array
 
-_MANY_ROWS = (
-    16  # from where a step's product is faster with the kernel in front, of 128 and of 512 units
-)
+# From here on a step's product is faster with the kernel in front, of 128 and of 512 units.
+_MANY_ROWS = 16
 
 
 def lstm(
