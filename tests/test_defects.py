@@ -120,6 +120,8 @@ def test_faulty_fusions_are_seen():
         assert "__ynn_fusion" in product_and_sum
         assert defects._sums_products(product_and_sum.replace("dot(%", "dot(%other"))
     assert defects.faulty_fusions(wide, "0.10.2") == []
+    assert not defects._sums_products(wide)
+    assert defects._sums_products(f"{wide}\n  %one = f32[2]{{0}} dot(%that, %differs)")
     assert defects.faulty_fusions(rows, "0.10.2") == ["three-vectors"]
     harmless = compiled(lambda m, x: (jnp.tanh(x @ m).sum(0), x.sum(1)), (3, 8), (64, 3))
     assert "__ynn_fusion" in harmless

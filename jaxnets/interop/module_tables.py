@@ -3,6 +3,8 @@
 Without JAX, as PyTorch's processes of a duel take them from here.
 """
 
+from collections.abc import Mapping
+
 from jaxnets import errors
 from jaxnets.interop.weights import Row, Table, dense
 
@@ -24,7 +26,7 @@ def attention(linen: str, torch: str, *, width: int, num_heads: int) -> Table:
     """The rows of `layers.MultiHeadAttention`, or `SelfAttention`, and `torch.nn.MultiheadAttention`."""
     heads = (num_heads, width // num_heads)
     rows = []
-    linen, torch = (f"{name}{sign}" if name else "" for name, sign in ((linen, "/"), (torch, ".")))
+    linen, torch = _prefixes(linen, torch)
     for i, name in enumerate(("query", "key", "value")):
         path = f"params/{linen}{name}"
         rows += [
@@ -44,15 +46,7 @@ def encoder(
 ) -> Table:
     """The rows of `Encoder` and `torch.nn.TransformerEncoder`; "" where they are all there is."""
     sizes = {"width": width, "num_heads": num_heads}
-    linen, torch = (f"{name}{sign}" if name else "" for name, sign in ((linen, "/"), (torch, ".")))
-    rows: list[Row] = []
-    for i in range(num_layers):
-        ours, theirs = f"{linen}layer{i + 1}", f"{torch}layers.{i}"
-        rows += attention(f"{ours}/attention", f"{theirs}.self_attn", **sizes)
-        rows += _mlp(ours, theirs)
-        rows += layer_norm(f"{ours}/part1/norm", f"{theirs}.norm1")
-        rows += layer_norm(f"{ours}/part2/norm", f"{theirs}.norm2")
-    return (*rows, *(layer_norm(f"{linen}norm", f"{torch}norm") if use_final_norm else ()))
+    return _stack(linen, torch, {"attention": "self_attn"}, num_layers, use_final_norm, sizes)
 
 
 def decoder(
@@ -60,16 +54,33 @@ def decoder(
 ) -> Table:
     """The rows of `Decoder` and `torch.nn.TransformerDecoder`."""
     sizes = {"width": width, "num_heads": num_heads}
-    linen, torch = (f"{name}{sign}" if name else "" for name, sign in ((linen, "/"), (torch, ".")))
+    attentions = {"attention": "self_attn", "cross_attention": "multihead_attn"}
+    return _stack(linen, torch, attentions, num_layers, use_final_norm, sizes)
+
+
+def _stack(
+    linen: str,
+    torch: str,
+    attentions: Mapping[str, str],
+    num_layers: int,
+    use_final_norm: bool,
+    sizes: Mapping[str, int],
+) -> Table:
+    linen, torch = _prefixes(linen, torch)
     rows: list[Row] = []
     for i in range(num_layers):
         ours, theirs = f"{linen}layer{i + 1}", f"{torch}layers.{i}"
-        rows += attention(f"{ours}/attention", f"{theirs}.self_attn", **sizes)
-        rows += attention(f"{ours}/cross_attention", f"{theirs}.multihead_attn", **sizes)
+        for name, of_torch in attentions.items():
+            rows += attention(f"{ours}/{name}", f"{theirs}.{of_torch}", **sizes)
         rows += _mlp(ours, theirs)
-        for k in (1, 2, 3):
+        for k in range(1, len(attentions) + 2):
             rows += layer_norm(f"{ours}/part{k}/norm", f"{theirs}.norm{k}")
     return (*rows, *(layer_norm(f"{linen}norm", f"{torch}norm") if use_final_norm else ()))
+
+
+def _prefixes(linen: str, torch: str) -> tuple[str, str]:
+    """What stands before the names of parts."""
+    return linen and f"{linen}/", torch and f"{torch}."
 
 
 def _mlp(linen: str, torch: str) -> Table:
@@ -113,7 +124,7 @@ def recurrent(
     """
     if kind not in ("lstm", "gru"):
         raise errors.unknown("recurrent layer", kind, ("lstm", "gru"))
-    linen, torch = (f"{name}{sign}" if name else "" for name, sign in ((linen, "/"), (torch, ".")))
+    linen, torch = _prefixes(linen, torch)
     rows = []
     for i in range(num_layers):
         for direction, ending in (("forward", ""), ("backward", "_reverse"))[: 1 + is_bidirectional]:

@@ -1,4 +1,4 @@
-"""Recurrent layers' loops over time, with the input's products made before them.
+"""Recurrent layers' loops over time, with the input's products made before them where one trains.
 
 What goes over the time steps one by one is only what must: the product of the last output with the
 recurrent kernel, and the gates. The gradient of that kernel is one product after the loop backwards,

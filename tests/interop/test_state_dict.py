@@ -79,6 +79,12 @@ def test_safetensors(encoder, tmp_path):
     }
     for name, array in given.items():
         np.testing.assert_array_equal(found[name], array)
+    with pytest.raises(errors.DataError, match=r"other\.safetensors can't be read: No such file"):
+        state_dict.read_safetensors(tmp_path / "other.safetensors")
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "eight.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    with pytest.raises(errors.DataError, match=r"eight\.safetensors: x is of dtype F8_E4M3; known are"):
+        state_dict.read_safetensors(tmp_path / "eight.safetensors")
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(errors.DataError, match=r"encoder\.safetensors is no safetensors file"):
         state_dict.read_safetensors(path)

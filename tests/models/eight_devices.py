@@ -6,12 +6,27 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxnets import ops
+
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def assert_close(left, right, **tolerance):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, **tolerance)
+
+
+def sums_and_gradients(loss_fn, params, axis_name):
+    """The loss and gradients over the global batch, and this part's outputs.
+
+    Args:
+        loss_fn: `loss_fn(params) -> (loss, outputs)`, a sum over this part.
+        params: what is differentiated.
+        axis_name: of the devices in `jax.pmap`; None without it.
+    """
+    with ops.data_axis(axis_name):
+        (loss, outputs), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return *ops.data_sum((loss, grads)), outputs
 
 
 def assert_eight_equal_one(train, params, batch, strategy):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets import losses, models, ops, registry
-from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
+from jaxnets import losses, models, registry
+from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one, sums_and_gradients
 
 NAMES = registry.names("recommender")
 every_model = pytest.mark.parametrize("name", NAMES)
@@ -65,9 +65,7 @@ def train(name, params, batch, axis_name=None):
         loss = losses.sigmoid_cross_entropy(logits, batch["label"])
         return jnp.where(batch["mask"][:, None], loss, 0).sum(), logits
 
-    with ops.data_axis(axis_name):
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return *ops.data_sum((loss, grads)), logits
+    return sums_and_gradients(loss_fn, params, axis_name)
 
 
 @every_model

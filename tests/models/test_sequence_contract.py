@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnets import ops, registry
+from jaxnets import registry
 from jaxnets.interop import state_dict
-from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
+from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one, sums_and_gradients
 from tests.models.tiny_translation import draw
 
 V, B, T, D = 11, 16, 5, 8  # tokens, rows, places, width
@@ -29,8 +29,8 @@ DROPOUT = {
 NUM_PARAMS = {  # by default but for 128 units, of the input too, where a layer has no default
     "lstm": 4 * 128 * (128 + 128 + 1),
     "gru": 3 * 128 * (128 + 128 + 1) + 128,
-    "transformer_encoder": 18_914_304 + 2 * 512,
-    "transformer_decoder": 25_224_192 + 2 * 512,
+    "transformer_encoder": 6 * 3_152_384 + 2 * 512,
+    "transformer_decoder": 6 * 4_204_032 + 2 * 512,
     "bert_base": 108_891_648,
 }
 _SIZES = {"num_layers": 2, "width": D, "num_heads": 2}
@@ -107,9 +107,7 @@ def train(name, params, batch, axis_name=None, **fields):
         out = outputs(name, params, batch, **fields)
         return (out * batch["along"][..., : out.shape[-1]]).sum(), out
 
-    with ops.data_axis(axis_name):
-        (loss, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return *ops.data_sum((loss, grads)), out
+    return sums_and_gradients(loss_fn, params, axis_name)
 
 
 @every_name
@@ -146,15 +144,10 @@ def test_eight_devices_equal_one(name, strategy, x64):
 def test_padding_changes_no_number(name):
     params, batch = start(name), batch_of()
 
-    def junk(of, value):
-        return {
-            x: jnp.where(of if batch[x].ndim == 2 else of[..., None], batch[x], value) for x in batch
-        }
-
     other = batch | {
-        "x": junk(batch["places"], 7)["x"],
-        "tokens": junk(batch["places"], 3)["tokens"],
-        "memory": junk(batch["memory_places"], 7)["memory"],
+        "x": jnp.where(batch["places"][..., None], batch["x"], 7),
+        "tokens": jnp.where(batch["places"], batch["tokens"], 3),
+        "memory": jnp.where(batch["memory_places"][..., None], batch["memory"], 7),
     }
     expected = outputs(name, params, batch, **DROPOUT[name])
     np.testing.assert_allclose(outputs(name, params, other, **DROPOUT[name]), expected, atol=2e-6)

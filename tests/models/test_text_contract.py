@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxnets import losses, models, ops, registry
+from jaxnets import losses, models, registry
 from jaxnets.models import text_classifier
 from jaxnets.train.mesh import shard_by_rules
-from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one
+from tests.models.eight_devices import QUICK, assert_close, assert_eight_equal_one, sums_and_gradients
 
 NAMES = registry.names("text_model")
 every_model = pytest.mark.parametrize("name", NAMES)
@@ -74,9 +74,7 @@ def train(name, start, batch, axis_name=None):
         loss = losses.softmax_cross_entropy(logits, batch["label"])
         return jnp.where(batch["mask"], loss, 0).sum(), logits
 
-    with ops.data_axis(axis_name):
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(start[0])
-        return *ops.data_sum((loss, grads)), logits
+    return sums_and_gradients(loss_fn, start[0], axis_name)
 
 
 @every_model
