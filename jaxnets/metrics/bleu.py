@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import compress
 
 from jaxnets import errors
 
@@ -30,17 +31,23 @@ class BLEU:
 
     @classmethod
     def of(
-        cls, hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False
+        cls,
+        hypotheses: Sequence[str],
+        references: Sequence[str],
+        *,
+        mask: Sequence[bool] | None = None,
+        lowercase: bool = False,
     ) -> "BLEU":
         """Count.
 
         Args:
             hypotheses: M sentences.
             references: a translation of each.
+            mask: M booleans, false for sentences that don't count, such as padding; all do by default.
             lowercase: whether capital letters count as small ones.
 
         Raises:
-            ValueError: if there aren't as many of both.
+            ValueError: if there aren't as many of each.
             ConfigError: if sacrebleu isn't installed.
 
         Example:
@@ -50,6 +57,10 @@ class BLEU:
         """
         if len(hypotheses) != len(references):
             raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
+        if mask is not None:
+            if len(mask) != len(hypotheses):
+                raise ValueError(f"a mask of {len(mask)} for {len(hypotheses)} sentences")
+            hypotheses, references = (list(compress(x, mask)) for x in (hypotheses, references))
         if not hypotheses:
             return cls(lowercase=lowercase)
         score = _library()(lowercase=lowercase).corpus_score(list(hypotheses), [list(references)])

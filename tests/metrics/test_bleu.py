@@ -50,6 +50,16 @@ def test_extremes():
     assert short.compute() == pytest.approx(100 * np.exp(1 - 7 / 4))
 
 
+def test_what_is_masked_does_not_count():
+    hypotheses, references = pairs()
+    mask = np.random.default_rng(0).random(len(references)) < 0.6
+    kept = [[text for text, counts in zip(texts, mask, strict=True) if counts] for texts in (hypotheses, references)]
+    assert BLEU.of(hypotheses, references, mask=mask) == BLEU.of(*kept)
+    assert BLEU.of(hypotheses, references, mask=[False] * len(references)) == BLEU()
+    with pytest.raises(ValueError, match="a mask of 2 for 40 sentences"):
+        BLEU.of(hypotheses, references, mask=[True, False])
+
+
 def test_capital_letters():
     assert BLEU.of(["A DOG RUNS IN THE PARK"], ["a dog runs in the park"]).compute() < 5
     lower = BLEU.of(["A DOG RUNS IN THE PARK"], ["a dog runs in the park"], lowercase=True)
