@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import io
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +61,9 @@ class Config:
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     if config.dtype not in ("float32", "bfloat16"):
         raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
+    for name in ("width", "hidden", "num_layers"):
+        if getattr(config, name) < 1:
+            raise errors.ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
     reviews = texts.load_texts(config.dataset, data_dir=options.data_dir, verify=options.verify)
     words = vocab.Words.of_texts(reviews.train, config.vocabulary_size)
     encoded = words.encode(reviews.train)
@@ -259,7 +261,7 @@ def predict(run: SavedRun, words: Sequence[str], flags: Predict) -> None:
     def classify(tokens_NT, lengths):
         mask_NT = jnp.arange(tokens_NT.shape[1])[None] < lengths[:, None]
         logits_NV, _ = apply_fn(params, model_state, tokens_NT, train=False, mask=mask_NT)
-        return jax.nn.softmax(logits_NV)
+        return jax.nn.softmax(logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32)))
 
     rows = []
     size = min(len(given), _TOGETHER)
@@ -272,11 +274,15 @@ def predict(run: SavedRun, words: Sequence[str], flags: Predict) -> None:
     rows = rows[: len(given)]
     if flags.output is None:
         for name, probability, text in rows:
-            print(f"{name}  {probability}  {textwrap.shorten(text, 80, placeholder=' ...')}")
+            shown = " ".join(text.split())
+            print(f"{name}  {probability}  {shown if len(shown) <= 80 else shown[:76] + ' ...'}")
         return
     content = io.StringIO(newline="")
     head = ("class", "probability", "text")
-    csv.writer(content, lineterminator="\n").writerows([head, *rows])
+    for row in (head, *rows):
+        # The library quotes what has a line feed in it, and not what has a carriage return.
+        quoting = csv.QUOTE_ALL if "\r" in row[-1] else csv.QUOTE_MINIMAL
+        csv.writer(content, lineterminator="\n", quoting=quoting).writerow(row)
     write_output(flags.output, content.getvalue(), f"{len(rows):,} predictions")
 
 

@@ -39,6 +39,7 @@ from jaxnets.recipe import Recipe, count_positions
 from jaxnets.train.row_updates import Tables
 
 LOSSES = ("squared_error", "bce", "softmax")
+_TRIES = 4  # to sample a film that a user hasn't rated in training; if all fail it is one that they have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,14 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         """Sample films, which belong to an example's place in the run, beside the one that was rated."""
         if is_explicit or "items" in batch:
             return batch
-        key, count = jax.random.key(config.seed), config.num_negatives
-        bits_BJ = ops.row_bits(key, batch["position"], (count,))
-        sampled_BJ = (bits_BJ % jnp.uint32(data.num_items)).astype(jnp.int32)
+        bits_BJT = ops.row_bits(
+            jax.random.key(config.seed), batch["position"], (config.num_negatives, _TRIES)
+        )
+        tried_BJT = (bits_BJT % jnp.uint32(data.num_items)).astype(jnp.int32)
+        byte_BJT = jnp.asarray(catalogue.seen)[batch["user"][:, None, None], tried_BJT >> 3]
+        is_rated_BJT = (byte_BJT & (128 >> (tried_BJT & 7)).astype(jnp.uint8)) > 0
+        first_BJ1 = jnp.argmin(is_rated_BJT, axis=2, keepdims=True)
+        sampled_BJ = jnp.take_along_axis(tried_BJT, first_BJ1, axis=2)[..., 0]
         return {**batch, "items": jnp.concatenate([batch["item"][:, None], sampled_BJ], axis=1)}
 
     def loss_fn(params, model_state, batch, *, key):
@@ -126,7 +132,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         return apply_fn(params, model_state, pairs, train=False)[0]
 
     def judge_ratings(params, model_state, batch):
-        stars = jnp.clip(predict_fn(params, model_state, batch).astype(jnp.float32), 0.5, 5)
+        stars = predict_fn(params, model_state, batch).astype(jnp.float32)
+        stars = jnp.clip(stars, *catalogue.bounds)
         error = metrics.absolute_error(stars, batch["rating"])
         return {
             "rmse": metrics.RootMeanSquare.of(stars, batch["rating"], batch["mask"]),
@@ -289,7 +296,9 @@ def crossvalidate(argv: Sequence[str]) -> int:
     if any(word.split("=")[0] == "--fold" for word in words):
         raise errors.ConfigError("crossvalidate takes all five folds; leave out --fold")
     base = options.run_dir or Path("runs") / (f"movielens-{preset}" if preset else "movielens")
-    if not options.eval_every:  # evaluations in between would only take time
+    if not base.name:
+        raise errors.ConfigError(f"--run-dir {base} has no name that a fold's could begin with")
+    if not options.eval_every and not config.patience:  # evaluations would only take time
         words = [*words, "--eval-every", str(2**31 - 1)]
     found = []
     for fold in range(5):

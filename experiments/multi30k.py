@@ -230,6 +230,15 @@ def _check(config: Config) -> None:
         raise errors.unknown("dtype", config.dtype, ("float32", "bfloat16"))
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise errors.ConfigError(f"ema_decay lies in [0, 1), not {config.ema_decay}")
+    if not 0 <= config.dropout < 1:
+        raise errors.ConfigError(f"dropout lies in [0, 1), not {config.dropout}")
+    for name in ("num_layers", "num_heads", "width", "hidden"):
+        if getattr(config, name) < 1:
+            raise errors.ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.model == "transformer" and config.width % config.num_heads:
+        raise errors.ConfigError(
+            f"a width of {config.width} doesn't split into {config.num_heads} heads"
+        )
     if config.max_length < 2:
         raise errors.ConfigError(f"max_length counts tokens, at least 2, not {config.max_length}")
 

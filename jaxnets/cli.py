@@ -253,7 +253,10 @@ def _train(
         memory.explained(recipe, strategy),
     ):
         by_first("run folder/assets", lambda: run_folder.check_assets(folder, recipe.assets))
-        on_start = partial(run_folder.write_config, folder, experiment.name, values, recipe.assets)
+        data = agreement.data_of(recipe) if hosts.is_first() else {}
+        if not options.allow_change:
+            by_first("run folder/data", lambda: run_folder.check_data(folder, data))
+        on_start = partial(run_folder.write_config, folder, experiment.name, values, recipe.assets, data)
         result = runner.train(
             folder,
             recipe,

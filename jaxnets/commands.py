@@ -182,6 +182,8 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir():
         raise errors.ConfigError(f"{path} is a folder, not a file to write to")
+    if path.exists() and not path.is_file():
+        raise errors.ConfigError(f"{path} is no regular file, which is what the outcome is written to")
     if not path.parent.is_dir():
         raise errors.ConfigError(f"{path} can't be written: there is no folder {path.parent}")
 
@@ -198,7 +200,7 @@ def write_output(path: Path, content: str, what: str) -> None:
         ConfigError: if it can't be written.
     """
     try:
-        write_atomically(path, content)
+        write_atomically(path.resolve(), content)  # what a link leads to, and not the link
     except OSError as error:
         raise errors.ConfigError(f"{path} can't be written: {error.strerror or error}") from None
     print(f"{what} in {path}")

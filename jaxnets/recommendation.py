@@ -33,6 +33,8 @@ class Catalogue:
         titles: str `[I]`.
         seen: uint8 `[U, ceil(I / 8)]`, a bit for each item that a user has rated in training.
         mean: what ratings are about; 0 where the model has none.
+        bounds: the least and the greatest rating in training, `[2]`, in stars; what is predicted lies
+            between.
     """
 
     user_ids: np.ndarray
@@ -40,12 +42,18 @@ class Catalogue:
     titles: np.ndarray
     seen: np.ndarray
     mean: float
+    bounds: np.ndarray
 
     @classmethod
     def of(cls, data: ratings.Ratings, train: Any, mean: float) -> "Catalogue":
-        """That of ratings, of which `train` has "user" and "item" of those that are learnt from."""
+        """That of ratings, of which `train` has "user" and "item" of those that are learnt from.
+
+        With "rating" among them it has their bounds, too, otherwise those of all ratings.
+        """
+        found = np.asarray(train.get("rating", data.rating), np.float32)
+        bounds = np.array([found.min(), found.max()])
         seen = ratings.packed_items(train["user"], train["item"], data.num_users, data.num_items)
-        return cls(data.user_ids, data.item_ids, np.asarray(data.titles, np.str_), seen, mean)
+        return cls(data.user_ids, data.item_ids, np.asarray(data.titles, np.str_), seen, mean, bounds)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Catalogue":
@@ -138,7 +146,7 @@ def _recommend(make_model, saved: SavedRun, words: Sequence[str], flags: Recomme
     print(f"for user {flags.user}, who has rated {int(is_seen_I.sum())} films in training:")
     for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
         if np.isfinite(score):
-            score = min(max(score, 0.5), 5) if what == "stars" else score
+            score = float(np.clip(score, *known.bounds)) if what == "stars" else score
             print(f"{rank:>3}  {what} {score:5.2f}  {known.titles[item]}")
 
 
@@ -165,7 +173,7 @@ def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFl
     scores = np.asarray(model.apply({"params": params}, jnp.array(pairs)), np.float32)
     what = _unit(saved)
     if what == "stars":
-        scores = np.clip(scores, 0.5, 5)
+        scores = np.clip(scores, *known.bounds)
     ids = [(known.user_ids[u], known.item_ids[i]) for u, i in pairs]
     if flags.output is not None:
         rows = [f"{u},{i},{score:.4f}" for (u, i), score in zip(ids, scores.tolist(), strict=True)]

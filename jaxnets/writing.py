@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxnets import data, errors, losses, models
 from jaxnets.commands import SavedRun, read_texts, write_output
-from jaxnets.models.gpt import GPT
+from jaxnets.models.gpt import GPT, output_table
 from jaxnets.typing import Params
 
 VOCABULARY = "vocabulary.json"
@@ -23,6 +23,7 @@ VOCABULARY = "vocabulary.json"
 
 _NUM_NEXT = 5  # tokens that may come next and are shown
 _ROWS = 64  # windows that are judged at a time
+_MOST_LOGITS = 2**24  # that there are at a time
 MakeModel = Callable[[Any, int], GPT]
 
 
@@ -160,44 +161,74 @@ class Writer:
             "perplexity" (None of a single token), and as "next" pairs of what may follow and how likely.
         """
         rows = [self.encode(text, place) for text, place in zip(texts, places, strict=True)]
-        return [self._judge(text, tokens) for text, tokens in zip(texts, rows, strict=True)]
+        totals, shares = self._totals(rows), self._shares(rows)
+        return [
+            self._judgement(text, len(tokens), total, share_V)
+            for text, tokens, total, share_V in zip(texts, rows, totals, shares, strict=True)
+        ]
 
-    def _judge(self, text: str, tokens: np.ndarray) -> dict[str, Any]:
-        context = self.model.max_length
-        total = 0.0
-        if len(tokens) > 1:
-            cut = data.cut_into_windows(tokens, context)
-            for first in range(0, len(cut["tokens"]), _ROWS):
-                window, mask = (x[first : first + _ROWS] for x in (cut["tokens"], cut["token_mask"]))
-                loss_BT = self._losses(window.astype(np.int32))
-                total += float(np.sum(np.where(mask, loss_BT, 0), dtype=np.float64))
-        mean = total / (len(tokens) - 1) if len(tokens) > 1 else None
-        last = np.zeros((1, context), np.int32)
-        size = min(len(tokens), context)
-        last[0, :size] = tokens[-size:]
-        share = self._next(last, np.array([size - 1]))[0]
-        most = np.argsort(-share, kind="stable")[:_NUM_NEXT]
+    def _judgement(self, text: str, count: int, total: float, share_V: np.ndarray) -> dict[str, Any]:
+        mean = total / (count - 1) if count > 1 else None
+        most = np.argsort(-share_V, kind="stable")[:_NUM_NEXT]
         return {
             "text": text,
-            "tokens": len(tokens),
+            "tokens": count,
             "loss": mean,
             "perplexity": None if mean is None else math.exp(mean),
-            "next": [[data.decode(self.tokenizer, [int(i)]), float(share[i])] for i in most],
+            "next": [[data.decode(self.tokenizer, [int(i)]), float(share_V[i])] for i in most],
         }
 
-    def _losses(self, window: np.ndarray) -> np.ndarray:
-        # Filled up to a whole number of rows, so that all texts share one program.
-        rows = np.pad(window, [(0, _ROWS - len(window)), (0, 0)])
-        return np.asarray(_losses(self.model, self.params, rows))[: len(window)]
+    def _totals(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """The sum of each text's losses, `[M]`."""
+        context = self.model.max_length
+        windows = [  # each begins with the token that ends the one before it
+            (i, tokens[first : first + context + 1])
+            for i, tokens in enumerate(rows)
+            for first in range(0, len(tokens) - 1, context)
+        ]
+        totals = np.zeros(len(rows))
+        for group, tokens in _in_groups([window for _, window in windows], context + 1):
+            loss_BT = np.asarray(_losses(self.model, self.params, tokens))
+            for row, loss_T in zip(group, loss_BT, strict=False):
+                i, window = windows[row]
+                totals[i] += np.sum(loss_T[: len(window) - 1], dtype=np.float64)
+        return totals
 
-    def _next(self, tokens: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return np.asarray(_next(self.model, self.params, tokens, last))
+    def _shares(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """How likely each token comes next, `[V]` for each text."""
+        context, found = self.model.max_length, []
+        ends = [tokens[-context:] for tokens in rows]
+        for group, tokens in _in_groups(ends, context):
+            last = np.zeros(len(tokens), np.int32)
+            last[: len(group)] = [len(ends[row]) - 1 for row in group]
+            found += list(np.asarray(_next(self.model, self.params, tokens, last))[: len(group)])
+        return found
+
+
+def _in_groups(rows: Sequence[np.ndarray], longest: int) -> Iterator[tuple[range, np.ndarray]]:
+    """The numbers of some rows at a time, and their tokens `[B, T]`.
+
+    B and T are powers of two, or T is the longest, so that few programs serve all.
+    """
+    for first in range(0, len(rows), _ROWS):
+        group = range(first, min(first + _ROWS, len(rows)))
+        size = min(_power_of_two(max(len(rows[row]) for row in group)), longest)
+        tokens = np.zeros((_power_of_two(len(group)), size), np.int32)
+        for i, row in enumerate(group):
+            tokens[i, : len(rows[row])] = rows[row]
+        yield group, tokens
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 @partial(jax.jit, static_argnums=0)
 def _losses(model: GPT, params: Params, window: jax.Array) -> jax.Array:
-    logits_BTV: Any = model.apply({"params": params}, window[:, :-1])
-    return losses.softmax_cross_entropy(logits_BTV, window[:, 1:])
+    hidden: Any = model.clone(returns_hidden=True).apply({"params": params}, window[:, :-1])
+    table = output_table(model, params)
+    chunk = max(1, _MOST_LOGITS // (len(window) * len(table)))
+    return losses.chunked_cross_entropy(hidden, table, window[:, 1:], chunk=chunk)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -182,6 +182,14 @@ def test_devices_make_no_difference(tmp_path, words):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("words", "is_rare"), [((), True), (("--patience", "1"), False)])
+def test_crossvalidation_with_patience_evaluates_as_often_as_training(monkeypatch, words, is_rare):
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda experiment, argv: seen.append(argv) or 1)
+    assert movielens.crossvalidate(words) == 1
+    assert ("--eval-every" in seen[0]) == is_rare
+
+
 def test_crossvalidation_takes_every_fold_and_the_mean(tmp_path, capsys):
     assert run("crossvalidate", *QUICK, "--run-dir", "runs/cv") == 0
     found = [result_of(tmp_path / "runs" / f"cv-fold-{k}") for k in range(5)]
@@ -195,6 +203,8 @@ def test_crossvalidation_takes_every_fold_and_the_mean(tmp_path, capsys):
     assert "leave out --fold" in capsys.readouterr().err
     assert run("crossvalidate", "--loss", "bce") == 2
     assert "crossvalidate is of ratings" in capsys.readouterr().err
+    assert run("crossvalidate", "--run-dir", ".") == 2
+    assert "has no name that a fold's could begin with" in capsys.readouterr().err
     assert run("crossvalidate", "--num-processes", "2") == 2
     assert "crossvalidate trains in one process" in capsys.readouterr().err
     assert cli.main(movielens.EXPERIMENT, ["--help"]) == 0
@@ -278,12 +288,18 @@ def test_sampled_films_belong_to_an_example_s_place_in_the_run():
     assert np.mean(np.asarray(later["items"][:, 1:]) == np.asarray(whole["items"][:, 1:])) < 0.1
     other = recipe_of(loss="bce", num_negatives=5, update_rows=True, optimizer="sgd", seed=1)
     assert np.mean(other.tables.complete(batch)["items"][:, 1:] == whole["items"][:, 1:]) < 0.1
-    # Evenly over all films.
+    # Evenly over all films that a user hasn't rated in training.
     position = jnp.arange(6000, dtype=jnp.uint32)
-    many = complete({"item": jnp.zeros(6000, jnp.int32), "position": position})["items"][:, 1:]
-    counts = np.bincount(np.asarray(many).ravel(), minlength=300)
+    of_one = {"user": jnp.full(6000, 7), "item": jnp.zeros(6000, jnp.int32), "position": position}
+    counts = np.bincount(np.asarray(complete(of_one)["items"][:, 1:]).ravel(), minlength=300)
     assert len(counts) == 300
-    assert np.sum((counts - 100.0) ** 2 / 100) < 400  # chi-square of 299 degrees of freedom
+    is_rated = np.isin(np.arange(300), recipe.train["item"][recipe.train["user"] == 7])
+    assert 20 < is_rated.sum() < 150
+    # All of a film's draws fail once in so many.
+    assert counts[is_rated].sum() < 3 * 30_000 * np.mean(is_rated) ** 4 + 10
+    expected = counts[~is_rated].mean()
+    # chi-square of up to 279 degrees of freedom
+    assert np.sum((counts[~is_rated] - expected) ** 2 / expected) < 380
 
 
 def test_the_penalty_is_a_term_of_the_loss():

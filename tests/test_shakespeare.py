@@ -162,6 +162,10 @@ def test_the_presets_are_nanogpts():
         ({"dtype": "float16"}, "unknown dtype"),
         ({"dropout_rate": 1.0}, r"dropout_rate lies in \[0, 1\)"),
         ({"second_moment": 1.0}, r"second_moment lies in \[0, 1\)"),
+        (
+            {"model": "gpt2_small", "num_layers": 3},
+            "gpt2_small has its own num_layers, num_heads",
+        ),
         ({"width": 15}, "a width of 15 doesn't split into 2 heads"),
         ({"width": 6, "positions": "rotary"}, "heads of even width, not 3"),
         ({"context": 0}, "context must be at least 1"),
@@ -256,6 +260,18 @@ def test_texts_are_judged(trained, tmp_path, capsys):
     source.write_text("like\nth€\n")
     assert command("predict", trained, "--input", str(source)) == 2
     assert f"{source}, line 2: line 1: '€' is none" in capsys.readouterr().err
+
+
+def test_texts_are_judged_together_as_each_alone(trained, monkeypatch):
+    monkeypatch.setattr(writing, "_ROWS", 4)
+    writer = writing.Writer.of_run(_saved(trained), shakespeare.make_model)
+    texts = ["e", "like a rose", "When forty winters shall besiege thy brow " * 3, "th", "no"]
+    together = writer.judge(texts, texts)
+    for text, row in zip(texts, together, strict=True):
+        (alone,) = writer.judge([text], [text])
+        assert alone["tokens"] == row["tokens"] == len(text)
+        assert alone["loss"] == (None if len(text) == 1 else pytest.approx(row["loss"], rel=1e-5))
+        assert [token for token, _ in alone["next"]] == [token for token, _ in row["next"]]
 
 
 def test_a_vocabulary_that_is_not_the_models(run, capsys):

@@ -181,6 +181,10 @@ def test_another_vocabulary_in_the_folder(run_dir, capsys):
         (["--dataset", "nothing"], "nothing"),
         (["--model", "transformr"], "did you mean 'transformer'"),
         (["--dtype", "float15"], "did you mean"),
+        (["--num-heads", "3"], "a width of 64 doesn't split into 3 heads"),
+        (["--hidden", "0"], "hidden must be at least 1, not 0"),
+        (["--num-layers", "-1"], "num_layers must be at least 1, not -1"),
+        (["--dropout", "1.5"], "dropout lies in [0, 1), not 1.5"),
     ],
 )
 def test_a_config_that_can_not_be(flags, expected, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Unpack an archive that is trusted no further than its list of expected members."""
 
 import gzip
+import hashlib
 import os
 import shutil
 import tarfile
@@ -13,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from jaxnets import errors
 from jaxnets.data.download import locked, sync, writing
 
+_DIGESTS = ".sha256"  # of the unpacked files, among them
+
 
 def unpack_tar(
     archive: Path, target: Path, *, members: Mapping[str, int] | Callable[[str], int | None]
@@ -21,7 +24,7 @@ def unpack_tar(
 
     Only the expected files come out; an archive with a link, or a name that leads elsewhere, is
     refused. The files go to a temporary folder beside the target, which gets its name when all of
-    them are on disk.
+    them are on disk, with their digests for `is_as_unpacked`.
 
     Args:
         archive: the tar file; check its digest first.
@@ -57,6 +60,7 @@ def _unpack(target: Path, extract: Callable[[Path], None]) -> Path:
         try:
             with writing(target.parent):
                 extract(work)
+                _note_digests(work / target.name)
                 _sync_tree(work)
                 os.rename(work / target.name, target)
                 sync(target.parent)
@@ -150,6 +154,27 @@ def _inside(archive: Path, name: str, root: str) -> str:
     if path.parts[:1] not in ((), (root,)):
         raise errors.DataError(f"{archive}: member {name!r} isn't in {root}/")
     return str(path)
+
+
+def is_as_unpacked(folder: Path) -> bool:
+    """Whether a folder's files are those that `unpack_tar` or `unpack_zip` left there, byte for byte."""
+    try:
+        noted = [line.split("  ", 1) for line in (folder / _DIGESTS).read_text("utf-8").splitlines()]
+        return bool(noted) and all(_digest(folder / name) == digest for digest, name in noted)
+    except (OSError, ValueError):
+        return False
+
+
+def _note_digests(folder: Path) -> None:
+    """In the format of `sha256sum --check`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / _DIGESTS).write_text("".join(lines), "utf-8")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_tree(folder: Path) -> None:

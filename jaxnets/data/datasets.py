@@ -145,6 +145,16 @@ def data_folder(data_dir: str | os.PathLike[str] | None = None, name: str = "") 
     return folder
 
 
+def refuse_unknown(path: Path, verify: str) -> None:
+    """Refuse to verify strictly what is somebody's own, with no digest to verify it by.
+
+    Raises:
+        DataError: if it should be.
+    """
+    if verify == "strict":
+        raise errors.DataError(f"{path}: nothing is known to verify it by: use verify='warn'")
+
+
 def check_verify(verify: str) -> None:
     """Refuse a mode of verification that isn't there.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxnets import errors, registry
-from jaxnets.data.datasets import Dataset, data_folder, load
+from jaxnets.data.datasets import Dataset, data_folder, load, refuse_unknown
 from jaxnets.data.progress import Progress
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -173,8 +173,7 @@ def open_images(
     is_plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)  # can't lead out of the data folder
     if name in registry.names("dataset") or not is_plain or not (folder / "train").is_dir():
         return load(name, data_dir=data_dir, verify=verify, progress=progress)
-    if verify == "strict":
-        raise errors.DataError(f"{folder}: nothing is known to verify it by: use verify='warn'")
+    refuse_unknown(folder, verify)
     train = ImageFolder(folder / "train", size=size)
     test = ImageFolder(folder / "test", size=size, class_names=train.class_names)
     return ImageFolders(name, train, test)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from jaxnets import errors
-from jaxnets.data.archive import unpack_tar
+from jaxnets.data.archive import is_as_unpacked, unpack_tar
 from jaxnets.data.datasets import check_verify
 from jaxnets.data.download import download, locked
 from jaxnets.data.progress import Progress
@@ -36,8 +36,8 @@ def load_imdb(
     Args:
         data_dir: the files are in `data_dir/imdb/aclImdb`; if that folder is absent, the archive is
             downloaded (84 MB) and its labelled part unpacked there.
-        verify: "strict" refuses a folder that is there already: of its 50,000 files only the archive's
-            digest is known, and a download always has it.
+        verify: "strict" refuses a folder that isn't as it was unpacked from the archive, whose digest
+            alone is known.
         progress: see `jaxnets.data.load`.
         num_each: reviews that there must be of each class in each part.
 
@@ -48,10 +48,10 @@ def load_imdb(
     folder = Path(data_dir) / "imdb" / _FOLDER
     if not folder.is_dir():
         _obtain(folder, progress)
-    elif verify == "strict":
+    elif verify == "strict" and not is_as_unpacked(folder):
         raise errors.DataError(
-            f"{folder}: can't be verified, as only the archive's digest is known: remove the folder and "
-            "it is downloaded"
+            f"{folder}: isn't as the archive was unpacked, whose digest alone is known: remove the "
+            "folder and it is downloaded"
         )
     texts = read_text_folders("imdb", folder, _CLASSES)
     for part, label in (("train", texts.train_label), ("test", texts.test_label)):

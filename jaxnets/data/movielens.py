@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets import errors
-from jaxnets.data.archive import unpack_zip
+from jaxnets.data.archive import is_as_unpacked, unpack_zip
 from jaxnets.data.download import download, locked
 from jaxnets.data.progress import Progress
 from jaxnets.data.ratings import Ratings
@@ -63,7 +63,8 @@ def load_movielens(
         name: ml-latest-small, ml-100k or ml-1m.
         data_dir: the files are in `data_dir/movielens/NAME`; if that folder is absent, the archive is
             downloaded (1 to 6 MB) and unpacked to it.
-        verify: "strict" refuses a folder that is there already: digests are known of archives alone.
+        verify: "strict" refuses a folder that isn't as it was unpacked from the archive, whose digest
+            alone is known.
         progress: of a download.
 
     Returns:
@@ -76,11 +77,13 @@ def load_movielens(
     """
     form = FORMATS[name]
     folder = Path(data_dir) / "movielens" / name
-    is_verified = not folder.is_dir() and _obtain(name, form, folder, progress)
+    is_verified = (not folder.is_dir() and _obtain(name, form, folder, progress)) or (
+        verify == "strict" and is_as_unpacked(folder)
+    )
     if verify == "strict" and not is_verified:
         raise errors.DataError(
-            f"{folder}: digests are known of the archive alone: remove the folder, and the archive is "
-            "downloaded and checked, or use verify='warn'"
+            f"{folder}: isn't as the archive was unpacked, whose digest alone is known: remove the "
+            "folder, and the archive is downloaded and checked, or use verify='warn'"
         )
     wanted = (form.ratings, form.movies, *form.others)
     if missing := [file for file in wanted if not (folder / file).is_file()]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxnets import errors
-from jaxnets.data.datasets import check_verify, data_folder
+from jaxnets.data.datasets import check_verify, data_folder, refuse_unknown
 from jaxnets.data.lines import read_lines
 from jaxnets.data.progress import Progress
 
@@ -94,6 +94,7 @@ def load_parallel(
     folder = root / name
     if not folder.is_dir():
         raise errors.unknown("corpus", name, ("phrases", "multi30k"), advice=f"{folder} is no folder")
+    refuse_unknown(folder, verify)
     parts = {
         part: read_pairs(*(find(folder, f"{part}.{x}") for x in (source, target))) for part in PARTS
     }

@@ -5,7 +5,9 @@ order is somebody else's job (see `order`). It is sent to worker processes by pi
 lazily, on first use in a process. `source[i]` is called from several threads at once.
 """
 
+import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +123,7 @@ def write_array_records(path: str | Path, examples: Iterable[Mapping[str, Any]])
     """Write an ArrayRecord file that `ArrayRecords` reads.
 
     Args:
-        path: of the file; what is there is replaced.
+        path: of the file; what is there is replaced once all examples are written.
         examples: `{name: array}` each.
 
     Returns:
@@ -130,14 +132,21 @@ def write_array_records(path: str | Path, examples: Iterable[Mapping[str, Any]])
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one, since examples are read one by one and out of order.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    temporary = f"{path}.tmp"
+    writer = ArrayRecordWriter(temporary, "group_size:1")
     count = 0
     try:
-        for example in examples:
-            writer.write(encode_example(example))
-            count += 1
-    finally:
-        writer.close()
+        try:
+            for example in examples:
+                writer.write(encode_example(example))
+                count += 1
+        finally:
+            writer.close()
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
     return count
 
 

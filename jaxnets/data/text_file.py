@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxnets import errors
-from jaxnets.data.datasets import check_digests, check_verify, data_folder
+from jaxnets.data.datasets import check_digests, check_verify, data_folder, refuse_unknown
 from jaxnets.data.download import download
 from jaxnets.data.progress import Progress
 from jaxnets.data.sonnets import SONNETS
@@ -109,6 +109,7 @@ def load_text(
                 "there are 'sonnets', and with one 'tinyshakespeare'"
             )
         path = found[0]
+        refuse_unknown(path, verify)
     try:
         content = path.read_bytes()
     except OSError as error:

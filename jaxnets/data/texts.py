@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxnets import errors, registry
-from jaxnets.data.datasets import check_verify, data_folder
+from jaxnets.data.datasets import check_verify, data_folder, refuse_unknown
 from jaxnets.data.progress import Progress
 
 _READERS = 8  # threads: files on a disk are waited for
@@ -82,6 +82,7 @@ def load_texts(
     others = [other for other in beside if _is_text_folder(folder / other)]
     if name not in others:
         raise errors.unknown("text data set", name, {*known, *others})
+    refuse_unknown(folder / name, verify)
     return read_text_folders(name, folder / name)
 
 
@@ -113,7 +114,11 @@ def _read_part(folder: Path, names: Sequence[str]) -> tuple[list[str], np.ndarra
     texts, labels = [], []
     with ThreadPoolExecutor(_READERS) as pool:
         for label, name in enumerate(names):
-            paths = sorted(path for path in _listed(folder / name) if path.suffix == ".txt")
+            paths = sorted(
+                path
+                for path in _listed(folder / name)
+                if path.suffix.lower() == ".txt" and not path.name.startswith(".")
+            )
             if not paths:
                 raise errors.DataError(f"{folder / name}: holds no .txt files")
             texts += pool.map(read_text, paths)

@@ -24,6 +24,8 @@ class Words:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        # "<pad>" written in a text is a word like others; the library doesn't keep this.
+        tokenizer.encode_special_tokens = True
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], size: int) -> "Words":

@@ -75,8 +75,9 @@ def from_gpt2(model: "GPT", state_dict: Mapping[str, Any], *, is_linear: bool = 
 
     Args:
         model: of the same sizes, with the vocabulary that the weights have.
-        state_dict: of `GPT2LMHeadModel` or `GPT2Model`, or of nanoGPT, as arrays or tensors; also
-            what `safetensors.numpy.load_file` reads.
+        state_dict: of `GPT2LMHeadModel` or `GPT2Model`, or of nanoGPT (compiled or not), as arrays or
+            tensors; also what `safetensors.numpy.load_file` reads. nanoGPT computes with the exact GELU:
+            its model here has `use_tanh=False`, and `use_bias=False` where it was trained so.
         is_linear: as of `table`.
 
     Returns:
@@ -95,7 +96,7 @@ def from_gpt2(model: "GPT", state_dict: Mapping[str, Any], *, is_linear: bool = 
     """
     weights = {
         name if name == _HEAD or name.startswith(_PREFIX) else _PREFIX + name: as_array(x)
-        for name, x in state_dict.items()
+        for name, x in ((name.removeprefix("_orig_mod."), x) for name, x in state_dict.items())
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # masks, not weights
     }
     also = ()

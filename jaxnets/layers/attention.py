@@ -169,8 +169,8 @@ def chunked_attention(
         chunk: how many queries, at least 1.
         is_causal: as in `attention`.
         mask: as in `attention`.
-        dropout_fn: `dropout_fn(weights, i=i)` changes the weights `[B, N, chunk, S]` of the i-th
-            chunk, in training.
+        dropout_fn: `dropout_fn(weights, first)` changes the weights `[B, N, chunk, S]` of the chunk
+            whose first query is that number, in training.
 
     Returns:
         `[B, T, N, K]`, of value's dtype.
@@ -201,7 +201,7 @@ def chunked_attention(
         if mask is not None:
             is_unmasked = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
             is_seen = is_unmasked if is_seen is None else is_seen & is_unmasked
-        drop = None if dropout_fn is None else partial(dropout_fn, i=i)
+        drop = None if dropout_fn is None else partial(dropout_fn, first=i * chunk)
         return jnp.moveaxis(attend(jnp.moveaxis(query, 2, 1), key, value, is_seen, drop), 1, 2)
 
     key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
@@ -293,7 +293,12 @@ class SelfAttention(nn.Module):
         if cache is not None:
             assert places is not None
             cache = cache.add(key, value, places)
-            y_BTNK = attention(query, cache.key, cache.value, mask=cache.seen_from(places))
+            kept = (query, cache.key, cache.value)
+            seen_BTS = cache.seen_from(places)
+            if self.chunk is None or query.shape[1] <= self.chunk:
+                y_BTNK = attention(*kept, mask=seen_BTS)
+            else:
+                y_BTNK = chunked_attention(*kept, chunk=self.chunk, mask=seen_BTS)
         elif self.chunk is None:
 
             def drop(weights_BNTS: Array) -> Array:

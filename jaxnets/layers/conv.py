@@ -6,6 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxnets.ops.convolution import convolve, reach_of
+from jaxnets.ops.product import add_bias
 from jaxnets.typing import Array
 
 Padding = str | int | tuple[tuple[int, int], tuple[int, int]]
@@ -110,5 +111,5 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(dtype)[None, None, None]
+            y = add_bias(y, bias)
         return y

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -99,8 +98,8 @@ class Dropout(nn.Module):
         self,
         *,
         train: bool,
+        places_of: Callable[[tuple[int, ...], Array], Array],
         rows: Array | None = None,
-        places_of: Callable[..., Array] | None = None,
     ) -> Callable[..., Array] | None:
         """Dropout of an array that comes in parts, for functions that JAX transforms, as for remat.
 
@@ -108,20 +107,19 @@ class Dropout(nn.Module):
 
         Args:
             train: whether this is training.
+            places_of: `places_of(row_shape, first)` gives the places of the part that begins at `first`.
             rows: `[B]`, as above.
-            places_of: `places_of(row_shape)` gives the places of a part.
 
         Returns:
-            `drop(x, i=i)` for part i, `[B, ...]`, with masks that differ between parts; None if there is
-            nothing to drop.
+            `drop(x, first)` for a part, `[B, ...]`; the mask of all parts together is that of the whole
+            array, if their places are. None if there is nothing to drop.
         """
         if not train or self.rate == 0 or _is_off.get():
             return None
         key = self.make_rng("dropout")
 
-        def drop(x: Array, i: Array) -> Array:
+        def drop(x: Array, first: Array) -> Array:
             of = partition.default_rows(x.shape[0]) if rows is None else rows
-            places = None if places_of is None else places_of(x.shape[1:])
-            return dropout(x, self.rate, key=jax.random.fold_in(key, i), rows=of, places=places)
+            return dropout(x, self.rate, key=key, rows=of, places=places_of(x.shape[1:], first))
 
         return drop

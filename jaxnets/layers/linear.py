@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.ops.product import product
+from jaxnets.ops.product import add_bias, product
 from jaxnets.typing import Array
 
 
@@ -47,6 +47,5 @@ class Linear(nn.Module):
         if self.use_bias:
             # One axis, for what tells biases from matrices by their ranks, as decay masks do.
             bias = self.param("bias", nn.initializers.zeros, (math.prod(self.features),), jnp.float32)
-            bias = bias.astype(dtype).reshape(self.features)
-            y = y + jnp.expand_dims(bias, tuple(range(len(rest))))
+            y = add_bias(y, bias.reshape(self.features))
         return y

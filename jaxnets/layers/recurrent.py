@@ -63,7 +63,7 @@ class _Direction(nn.Module):
             ones, train=train, rows=rows
         )
         x_TBD = x.swapaxes(0, 1)  # first: XLA's product that changes the order takes twice as long
-        kernel, recurrent, bias = (part.astype(dtype) for part in (kernel, recurrent, bias))
+        kernel, recurrent = kernel.astype(dtype), recurrent.astype(dtype)
         options = {
             "mask": None if mask is None else mask.T,
             "keep": None if keep is ones else keep,
@@ -73,7 +73,7 @@ class _Direction(nn.Module):
             y_TBH, *end = ops.lstm_of_input(x_TBD, kernel, bias, recurrent, *start, **options)
         else:
             hidden_bias = self.param("recurrent_bias", init.zeros, (size,), jnp.float32).astype(dtype)
-            gates = ops.product(x_TBD, kernel) + bias[None, None]
+            gates = ops.add_bias(ops.product(x_TBD, kernel), bias)
             y_TBH, *end = ops.gru(gates, recurrent, hidden_bias, *start, **options)
         y_BTH = y_TBH.swapaxes(0, 1)
         return y_BTH if mask is None else jnp.where(mask[:, :, None], y_BTH, 0), tuple(end)
@@ -163,6 +163,8 @@ class GRU(nn.Module):
 def _stacked(layer, kind, x, start, train, rows, mask):
     if x.ndim != 3:
         raise ValueError(f"a recurrent layer takes [B, T, D], not {x.shape}")
+    if layer.num_layers < 1 or layer.hidden < 1:
+        raise ValueError(f"{layer.num_layers} layers of {layer.hidden} units; both are at least 1")
     if mask is not None and mask.shape != x.shape[:2]:
         raise ValueError(f"the mask of {x.shape} is [B, T], not {mask.shape}")
     num_directions = 2 if layer.is_bidirectional else 1

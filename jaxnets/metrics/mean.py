@@ -43,7 +43,7 @@ class Mean:
         chex.assert_equal_shape_prefix([values, mask], mask.ndim)
         keep = mask.astype(bool).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
         keep = jnp.broadcast_to(keep, values.shape)
-        is_exact = not jnp.issubdtype(values.dtype, jnp.floating)
+        is_exact = values.dtype == jnp.bool_  # of other integers an int32 might overflow
         dtype = jnp.int32 if is_exact else jnp.promote_types(values.dtype, jnp.float32)
         total = jnp.sum(jnp.where(keep, values.astype(dtype), 0), dtype=dtype)
         return cls(total, jnp.sum(keep, dtype=jnp.int32))

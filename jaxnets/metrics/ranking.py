@@ -98,7 +98,8 @@ def ndcg(scores: Array, relevance: Array, k: int) -> Array:
     relevance = relevance.astype(jnp.promote_types(relevance.dtype, jnp.float32))
     place_I = jnp.arange(scores.shape[1])
     discount_I = jnp.where(place_I < k, 1 / jnp.log2(2 + place_I.astype(relevance.dtype)), 0)
-    order_BI = jnp.argsort(-scores, axis=1)
+    is_integer = not jnp.issubdtype(scores.dtype, jnp.floating)
+    order_BI = jnp.argsort(~scores if is_integer else -scores, axis=1)
     sorted_BI = jnp.take_along_axis(scores, order_BI, axis=1)
     gains_BI = jnp.take_along_axis(relevance, order_BI, axis=1)
     # Runs of equal scores are groups; each item gets the mean gain of its group.

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxnets import ops
 from jaxnets.layers import GRU, Dropout, Embedding, Linear
+from jaxnets.models.transformer import masks_of
 from jaxnets.typing import Array
 
 _glorot = nn.initializers.glorot_uniform()
@@ -42,7 +43,7 @@ class AdditiveAttention(nn.Module):
         """Make the parts."""
         self.query = Linear((self.hidden,), use_bias=False, dtype=self.dtype, kernel_init=_glorot)
         self.key = Linear((self.hidden,), dtype=self.dtype, kernel_init=_glorot)
-        self.score = nn.Dense(1, use_bias=False, dtype=self.dtype, kernel_init=_glorot)
+        self.score = Linear((1,), use_bias=False, dtype=self.dtype, kernel_init=_glorot)
 
     def keys(self, memory_BSD: Array) -> Array:
         """`U h`, `[B, S, A]`, which doesn't change while the target grows."""
@@ -103,7 +104,7 @@ class AttentionRNN(nn.Module):
             self.vocabulary_size, width, dtype, init.normal(width**-0.5), axis="vocabulary"
         )
         self.encoder = GRU(size, is_bidirectional=True, dtype=dtype)
-        self.start = nn.Dense(size, dtype=dtype, kernel_init=_glorot)
+        self.start = Linear((size,), dtype=dtype, kernel_init=_glorot)
         self.cross_attention = AdditiveAttention(size, dtype)
         # The gates' input is a token and what was looked at; kernels of their own let the first of them
         # be multiplied for all steps at once.
@@ -140,8 +141,11 @@ class AttentionRNN(nn.Module):
 
         Returns:
             logits `[B, T, V]`.
+
+        Raises:
+            ValueError: if the mask is another.
         """
-        source_mask = mask.get("source") if isinstance(mask, Mapping) else None
+        source_mask = masks_of(mask).get("source")
         memory_BSD, key_BSA, state_BH = self._encode(tokens["source"], source_mask, train, rows)
         x_BTD = self.target_dropout(self._embedded(tokens["target"]), train=train, rows=rows)
         gates_BTG = self._gates(x_BTD)
@@ -196,7 +200,7 @@ class AttentionRNN(nn.Module):
 
     def _gates(self, x_BTD: Array) -> Array:
         dtype = x_BTD.dtype
-        return ops.product(x_BTD, self.kernel.astype(dtype)) + self.bias.astype(dtype)[None, None]
+        return ops.add_bias(ops.product(x_BTD, self.kernel.astype(dtype)), self.bias)
 
     def _step(
         self, state_BWH: Array, gates_BWG: Array, key_BSA: Array, memory_BSD: Array, mask: Array | None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jaxnets import ops
 from jaxnets.layers import Dropout, Embedding, LayerNorm, constrain
 from jaxnets.models.transformer_stack import Encoder, LayerFields
 from jaxnets.typing import Array
@@ -86,7 +87,7 @@ class BERT(nn.Module):
             return Embedding(size, self.width, self.dtype, _init, axis=axis, name=f"{name}_embedding")
 
         x_BSD = table(self.vocabulary_size, "token", "vocabulary")(tokens)
-        x_BSD = x_BSD + table(self.max_length, "position")(jnp.arange(length))[None]
+        x_BSD = ops.add_bias(x_BSD, table(self.max_length, "position")(jnp.arange(length)))
         types = jnp.zeros_like(tokens) if types is None else types
         x_BSD = x_BSD + table(self.num_types, "type")(types)
         x_BSD = constrain(LayerNorm(self.epsilon, name="norm")(x_BSD), "batch", "time", None)

@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import BatchNorm, Conv, Dropout, constrain
+from jaxnets.layers import BatchNorm, Conv, Dropout, Linear, constrain
 from jaxnets.ops import max_pool
 from jaxnets.typing import Array
 
@@ -64,9 +64,9 @@ class ConvNet(nn.Module):
             x_BHWC = jax.nn.relu(max_pool(x_BHWC, (2, 2)))
             x_BHWC = constrain(x_BHWC, "batch", None, None, None)
         x_BF = x_BHWC.reshape(x_BHWC.shape[0], -1)
-        x_BF = jax.nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="dense1")(x_BF))
+        x_BF = jax.nn.relu(Linear((self.hidden,), dtype=self.dtype, name="dense1")(x_BF))
         x_BF = Dropout(self.dropout_rate, name="dropout1")(x_BF, train=train, rows=rows)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x_BF)
+        return Linear((self.num_classes,), dtype=self.dtype, name="head")(x_BF)
 
 
 def convnet(num_classes: int = 10, **kwargs) -> ConvNet:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxnets import errors
 from jaxnets.models.gpt import GPT, Cache, empty_cache
@@ -137,8 +138,9 @@ class Generator:
     ) -> Generation:
         """Read the prompts, all but the last token of each; arguments as of `generate`."""
         batch, longest = prompts.shape
-        window = jnp.zeros((batch, self.size), jnp.int32)
-        window = window.at[:, :longest].set(prompts.astype(jnp.int32))
+        is_real = jnp.arange(longest)[None] < lengths[:, None]  # other tokens may be none of the model's
+        prompts = jnp.where(is_real, prompts.astype(jnp.int32), 0)
+        window = jnp.zeros((batch, self.size), jnp.int32).at[:, :longest].set(prompts)
         place = lengths.astype(jnp.int32) - 1
         cache: Cache = {}
         if self.use_cache:
@@ -225,7 +227,7 @@ def generate(
         model: a language model.
         params: its parameters.
         prompts: integers `[B, P]`, each from the left of its row; P is at most the model's max_length.
-        lengths: `[B]`, tokens of each prompt, in [1, P].
+        lengths: `[B]`, tokens of each prompt, in [1, P]; what stands behind them is without effect.
         num_tokens: how many more, at least 1.
         key: a PRNG key for the draws.
         sampling: how tokens are chosen.
@@ -238,7 +240,7 @@ def generate(
         repeated behind it.
 
     Raises:
-        ValueError: if prompts are longer than the model takes, or num_tokens is below 1.
+        ValueError: as `make_generator`.
 
     Example:
         >>> from jaxnets.models import gpt
@@ -249,7 +251,7 @@ def generate(
         >>> generate(model, params, prompts, lengths, 20, key=key)[0].shape
         (2, 20)
     """
-    generator = make_generator(model, prompts, num_tokens, sampling, stop, use_cache)
+    generator = make_generator(model, prompts, lengths, num_tokens, sampling, stop, use_cache)
     batch = len(prompts)
     rows = jnp.arange(batch) if rows is None else rows
     out = jnp.full((batch, num_tokens), 0 if stop is None else stop, jnp.int32)
@@ -285,7 +287,7 @@ def stream(
 
     Arguments as of `generate`; it compiles its two programs itself.
     """
-    generator = make_generator(model, prompts, num_tokens, sampling, stop)
+    generator = make_generator(model, prompts, lengths, num_tokens, sampling, stop)
     begin, step = _compiled(generator)
     at = begin(params, prompts, lengths, np.arange(len(prompts)), key)
     for _ in range(num_tokens):
@@ -298,6 +300,7 @@ def stream(
 def make_generator(
     model: GPT,
     prompts: Any,
+    lengths: Any,
     num_tokens: int,
     sampling: Sampling,
     stop: int | None,
@@ -307,7 +310,8 @@ def make_generator(
 
     Raises:
         ValueError: if the prompts are longer than the model takes, or that takes a single token, or
-            num_tokens is below 1.
+            num_tokens is below 1; and where the values of prompts and lengths are known, which under
+            `jit` they aren't, if a length isn't in [1, P] or a token isn't the model's.
     """
     chex.assert_rank(prompts, 2)
     longest = prompts.shape[1]
@@ -319,8 +323,27 @@ def make_generator(
         raise ValueError(f"the number of tokens is at least 1, not {num_tokens}")
     if stop is not None and not 0 <= stop < model.vocabulary_size:
         raise ValueError(f"the stop token {stop} is none of the model's {model.vocabulary_size}")
-    model = model.clone(returns_hidden=False, dropout_rate=0.0, remat="none", chunk=None)
+    _check_values(prompts, lengths, model.vocabulary_size)
+    model = model.clone(returns_hidden=False, dropout_rate=0.0, remat="none")
     return Generator(model, min(longest + num_tokens, model.max_length), sampling, stop, use_cache)
+
+
+def _is_known(x: Any) -> bool:
+    if not isinstance(x, jax.Array):
+        return True
+    return not isinstance(x, Tracer) and x.is_fully_addressable
+
+
+def _check_values(prompts: Any, lengths: Any, vocabulary_size: int) -> None:
+    if not all(map(_is_known, (prompts, lengths))):
+        return
+    prompts, lengths = np.asarray(prompts), np.asarray(lengths)
+    longest = prompts.shape[1]
+    if not np.all((lengths >= 1) & (lengths <= longest)):
+        raise ValueError(f"prompts have 1 to {longest} tokens, not {lengths.tolist()}")
+    is_real = np.arange(longest)[None] < lengths[:, None]
+    if np.any(is_real & ((prompts < 0) | (prompts >= vocabulary_size))):
+        raise ValueError(f"a prompt has a token that is none of the model's {vocabulary_size}")
 
 
 @functools.lru_cache(maxsize=8)

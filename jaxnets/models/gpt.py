@@ -20,9 +20,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxnets import errors
+from jaxnets import errors, ops
 from jaxnets.layers import Dropout, Embedding, KeyValues, LayerNorm, Linear, SelfAttention, constrain
-from jaxnets.ops import gelu
 from jaxnets.typing import Array, Params
 
 _init = nn.initializers.normal(0.02)
@@ -63,7 +62,7 @@ class MLP(nn.Module):
         """`[B, T, D]` to `[B, T, D]`."""
         linear = partial(Linear, use_bias=self.use_bias, dtype=self.dtype)
         h_BTF = linear((self.hidden,), kernel_init=_init, name="up")(x_BTD)
-        h_BTF = jax.nn.gelu(h_BTF, approximate=True) if self.use_tanh else gelu(h_BTF)
+        h_BTF = jax.nn.gelu(h_BTF, approximate=True) if self.use_tanh else ops.gelu(h_BTF)
         h_BTF = constrain(h_BTF, "batch", None, "hidden")
         return linear((x_BTD.shape[2],), kernel_init=self.out_init, name="down")(h_BTF)
 
@@ -220,7 +219,10 @@ class GPT(nn.Module):
         x_BTD = embed(tokens)
         if self.positions == "learned":
             place = Embedding(self.max_length, width, dtype, _init, name="position_embedding")
-            x_BTD = x_BTD + (place(jnp.arange(length))[None] if places is None else place(places))
+            if places is None:
+                x_BTD = ops.add_bias(x_BTD, place(jnp.arange(length)))
+            else:
+                x_BTD = x_BTD + place(places)
         x_BTD = constrain(x_BTD, "batch", "time", None)
         x_BTD = Dropout(self.dropout_rate, name="dropout")(x_BTD, train=train, rows=rows)
         make_block, new_cache = self._block(), {}

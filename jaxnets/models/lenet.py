@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import Conv, constrain
+from jaxnets.layers import Conv, Linear, constrain
 from jaxnets.ops import max_pool
 from jaxnets.typing import Array
 
@@ -57,8 +57,8 @@ class LeNet(nn.Module):
             x_BHWC = constrain(x_BHWC, "batch", None, None, None)
         x_BF = x_BHWC.reshape(x_BHWC.shape[0], -1)
         for i, features in enumerate((120, 84), start=1):
-            x_BF = jax.nn.relu(nn.Dense(features, dtype=self.dtype, name=f"dense{i}")(x_BF))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x_BF)
+            x_BF = jax.nn.relu(Linear((features,), dtype=self.dtype, name=f"dense{i}")(x_BF))
+        return Linear((self.num_classes,), dtype=self.dtype, name="head")(x_BF)
 
 
 def lenet(num_classes: int = 10, **kwargs) -> LeNet:

@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import Dropout, constrain
+from jaxnets.layers import Dropout, Linear, constrain
 from jaxnets.typing import Array
 
 
@@ -48,10 +48,10 @@ class MLP(nn.Module):
         del mask
         x_BF = image.reshape(image.shape[0], -1)
         for i, features in enumerate(self.hidden, start=1):
-            x_BF = jax.nn.relu(nn.Dense(features, dtype=self.dtype, name=f"dense{i}")(x_BF))
+            x_BF = jax.nn.relu(Linear((features,), dtype=self.dtype, name=f"dense{i}")(x_BF))
             x_BF = constrain(x_BF, "batch", None)
             x_BF = Dropout(self.dropout_rate, name=f"dropout{i}")(x_BF, train=train, rows=rows)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x_BF)
+        return Linear((self.num_classes,), dtype=self.dtype, name="head")(x_BF)
 
 
 def mlp(num_classes: int = 10, **kwargs) -> MLP:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import Embedding
+from jaxnets.layers import Embedding, Linear
 from jaxnets.models.matrix_factorization import split_pairs
 from jaxnets.typing import Array
 
@@ -47,8 +47,8 @@ class NeuMF(nn.Module):
         self.mlp_user = table(self.num_users, self.hidden[0] // 2)
         self.mlp_item = table(self.num_items, self.hidden[0] // 2)
         glorot = nn.initializers.glorot_uniform()
-        self.dense = [nn.Dense(size, dtype=self.dtype, kernel_init=glorot) for size in self.hidden[1:]]
-        self.head = nn.Dense(1, dtype=self.dtype, kernel_init=nn.initializers.lecun_uniform())
+        self.dense = [Linear((size,), dtype=self.dtype, kernel_init=glorot) for size in self.hidden[1:]]
+        self.head = Linear((1,), dtype=self.dtype, kernel_init=nn.initializers.lecun_uniform())
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import BatchNorm, Conv, constrain
+from jaxnets.layers import BatchNorm, Conv, Linear, constrain
 from jaxnets.ops import max_pool
 from jaxnets.typing import Array
 
@@ -134,7 +134,7 @@ class ResNet(nn.Module):
                 )(x_BHWC, train=train, mask=mask)
         dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)
         x_BC = x_BHWC.mean((1, 2), dtype=dtype).astype(x_BHWC.dtype)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x_BC)
+        return Linear((self.num_classes,), dtype=self.dtype, name="head")(x_BC)
 
 
 def resnet18(num_classes: int = 10, **fields) -> ResNet:

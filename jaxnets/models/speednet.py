@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import BatchNorm, Conv, constrain
+from jaxnets.layers import BatchNorm, Conv, Linear, constrain
 from jaxnets.ops import gelu, max_pool, normalize_images
 from jaxnets.typing import Array, Indexed, Params, PyTree
 
@@ -113,7 +113,7 @@ class SpeedNet(nn.Module):
             x_BHWC = constrain(x_BHWC, "batch", None, None, None)
         _, height, width, _ = x_BHWC.shape
         x_BC = max_pool(x_BHWC, (height, width))[:, 0, 0]
-        logits_BV = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, name="head")(x_BC)
+        logits_BV = Linear((self.num_classes,), use_bias=False, dtype=self.dtype, name="head")(x_BC)
         return logits_BV * self.scale
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxnets import errors
-from jaxnets.layers import LSTM, Dropout, Embedding
+from jaxnets.layers import LSTM, Dropout, Embedding, Linear
 from jaxnets.layers.embedding import embed
 from jaxnets.typing import Array, Params, PyTree
 
@@ -93,8 +93,11 @@ class LSTMClassifier(nn.Module):
         else:
             num_last = 2 if self.is_bidirectional else 1
             x_BD = jnp.concatenate(list(h_LBH[-num_last:]), axis=1)
-        return nn.Dense(
-            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.glorot_uniform(), name="head"
+        return Linear(
+            (self.num_classes,),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.glorot_uniform(),
+            name="head",
         )(x_BD)
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxnets import errors
+from jaxnets import errors, ops
 from jaxnets.layers import Dropout, Embedding, Linear, constrain
 from jaxnets.models.transformer_stack import Decoder, Encoder, LayerFields
 from jaxnets.typing import Array
@@ -115,9 +115,10 @@ class Transformer(nn.Module):
             logits `[B, T, V]`.
 
         Raises:
-            ValueError: if the tokens aren't such integers, or more than max_length.
+            ValueError: if the tokens aren't such integers, or more than max_length, or the mask is
+                another.
         """
-        masks: Mapping[str, Array] = mask if isinstance(mask, Mapping) else {}
+        masks = masks_of(mask)
         memory_BSD = self.encode(tokens["source"], train=train, rows=rows, mask=masks.get("source"))
         x_BTD = self._embedded(tokens["target"], "target", train, rows)
         x_BTD = self.decoder(
@@ -195,7 +196,7 @@ class Transformer(nn.Module):
             )
         has_own = side == "source" and self.source_vocabulary_size is not None
         table = self.source_embedding if has_own else self.embedding
-        x_BTD = self._scaled(table(tokens)) + self._places(side, jnp.arange(length))[None]
+        x_BTD = ops.add_bias(self._scaled(table(tokens)), self._places(side, jnp.arange(length)))
         dropout = self.source_dropout if side == "source" else self.target_dropout
         return constrain(dropout(x_BTD, train=train, rows=rows), "batch", "time", None)
 
@@ -233,6 +234,23 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     angle = np.arange(length)[:, None] / 10000.0 ** (np.arange(0, width, 2)[None] / width)
     table = np.stack([np.sin(angle), np.cos(angle)], axis=2).reshape(length, -1)
     return table[:, :width]
+
+
+def masks_of(mask: Mapping[str, Array] | Array | None) -> Mapping[str, Array]:
+    """The masks of source and target that a translation model was given.
+
+    Raises:
+        ValueError: if it is neither a mapping of these alone nor a mask `[B]` of rows, which has none.
+    """
+    if mask is None or (not isinstance(mask, Mapping) and mask.ndim == 1):
+        return {}
+    if not isinstance(mask, Mapping):
+        raise ValueError(
+            f'a mask {mask.shape} is of which side? {{"source": ..., "target": ...}} says it'
+        )
+    if unknown := sorted(set(mask) - {"source", "target"}):
+        raise ValueError(f"masks are of source and target, not of {', '.join(unknown)}")
+    return mask
 
 
 def sharding_rules() -> tuple[tuple[str, P], ...]:

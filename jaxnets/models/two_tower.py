@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from jaxnets.layers import Embedding
+from jaxnets.layers import Embedding, Linear
 from jaxnets.models.matrix_factorization import split_pairs
 from jaxnets.typing import Array
 
@@ -38,7 +38,7 @@ class Tower(nn.Module):
         """Make table and layers."""
         init = nn.initializers.normal(self.init_scale)
         self.table = Embedding(self.size, self.width, dtype=self.dtype, embedding_init=init)
-        self.dense = [nn.Dense(size, dtype=self.dtype) for size in self.hidden]
+        self.dense = [Linear((size,), dtype=self.dtype) for size in self.hidden]
 
     def __call__(self, number: Array) -> Array:
         """Unit vectors `[..., D]` of integers `[...]`."""

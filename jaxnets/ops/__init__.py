@@ -13,6 +13,7 @@ from jaxnets.ops.partition import data_axis as data_axis
 from jaxnets.ops.partition import data_sum as data_sum
 from jaxnets.ops.pooling import avg_pool as avg_pool
 from jaxnets.ops.pooling import max_pool as max_pool
+from jaxnets.ops.product import add_bias as add_bias
 from jaxnets.ops.product import product as product
 from jaxnets.ops.recurrent import gru as gru
 from jaxnets.ops.recurrent import lstm as lstm

@@ -60,11 +60,15 @@ def _counted(row_shape: tuple[int, ...]) -> Array:
     return place
 
 
-def pair_places(row_shape: tuple[int, ...]) -> Array:
+def pair_places(row_shape: tuple[int, ...], first: Array | int = 0) -> Array:
     """Numbers for the elements `[N, T, S]` of a row that depend neither on T nor on S.
 
     So what belongs to query t and key s of head n stays the same however both sequences are padded.
     (t, s) is numbered by Szudzik's pairing function: all pairs below any length come before the others.
+
+    Args:
+        row_shape: N, T and S.
+        first: the number of the first query, if these are a part of all.
 
     Returns:
         uint32 `[N, T, S]`, each number once while N max(T, S)**2 is at most 2**32.
@@ -74,5 +78,6 @@ def pair_places(row_shape: tuple[int, ...]) -> Array:
         [[[0, 1, 4], [2, 3, 5]]]
     """
     head, t, s = (lax.broadcasted_iota(jnp.uint32, row_shape, axis) for axis in range(3))
+    t = t + jnp.asarray(first, jnp.uint32)
     pair = jnp.where(t < s, s * s + t, t * t + t + s)
     return pair * jnp.uint32(row_shape[0]) + head

@@ -27,3 +27,25 @@ def product(x: Array, kernel: Array) -> Array:
         return jnp.tensordot(x, kernel, axes=1)
     y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """A bias added to the last axes of x, in at least float32.
+
+    So the bias's gradient, a sum over all other axes, is one of float32: in bfloat16 such a sum stops
+    growing after some hundred terms.
+
+    Args:
+        x: `[..., *F]`.
+        bias: `[*F]`.
+
+    Returns:
+        `[..., *F]`, of x's dtype.
+
+    Example:
+        >>> add_bias(jnp.zeros((2, 3), jnp.bfloat16), jnp.arange(3.0))[0].tolist()
+        [0.0, 1.0, 2.0]
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    bias = jnp.expand_dims(bias.astype(dtype), tuple(range(x.ndim - bias.ndim)))
+    return (x.astype(dtype) + bias).astype(x.dtype)

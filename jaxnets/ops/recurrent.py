@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxnets.ops.forms import is_for_cpu, is_plain
-from jaxnets.ops.product import product
+from jaxnets.ops.product import add_bias, product
 from jaxnets.typing import Array
 
 # From here on a step's product is faster with the kernel in front, of 128 and of 512 units.
@@ -187,7 +187,7 @@ def lstm_of_input(
 
 
 def _lstm_by_gates(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
-    gates = product(x, kernel) + bias[None, None]
+    gates = add_bias(product(x, kernel), bias)
     return lstm(gates, recurrent, h, c, mask=mask, keep=keep, reverse=reverse)
 
 
@@ -196,7 +196,7 @@ def _lstm_by_steps(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
     """With rows as the last axis, so that what a step's product has to copy is the smaller factor."""
     scale, shift = (part.T for part in _scales(h.shape[1], x.dtype))
     both = jnp.concatenate([kernel, recurrent]).T * scale
-    bias = bias[:, None] * scale
+    bias = bias.astype(x.dtype)[:, None] * scale
 
     def step(carry, inputs):
         (h, c), (x, taken) = carry, inputs

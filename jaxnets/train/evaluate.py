@@ -86,7 +86,8 @@ def evaluate(
 
     def add(*leaves: Any) -> np.ndarray:
         stacked = np.stack([np.asarray(leaf) for leaf in leaves])
-        return stacked.sum(0, dtype=np.float64 if stacked.dtype.kind == "f" else np.int64)
+        is_floating = jnp.issubdtype(stacked.dtype, jnp.floating)  # NumPy doesn't know of bfloat16
+        return stacked.sum(0, dtype=np.float64 if is_floating else np.int64)
 
     sums = jax.tree.map(add, *jax.device_get(parts))
     count = int(sums.pop("count"))

@@ -157,6 +157,8 @@ def _find(index: Array, size: int, mask: Array | None) -> tuple[_Rows, Array]:
     if size <= index.size:
         used = data_gather(constrain(index.reshape(-1), None))
         return _Rows(None, jnp.zeros(size, bool).at[used].max(real, mode="drop")), index
+    if index.dtype.itemsize < 4:  # V may be more than its integers
+        index = index.astype(jnp.int32)
     # Another row than there are is the row V, which is filled with NaN.
     own = jnp.where((index >= 0) & (index < size), index, size).astype(jnp.int32).reshape(-1)
     every = data_gather(constrain(own, None))

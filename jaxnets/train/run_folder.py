@@ -35,7 +35,7 @@ _EXTENDS = ("epochs", "steps")  # a run may be made longer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` holds: "experiment", "config", and the digests of "assets".
+    """What `config.json` holds: "experiment", "config", the digests of "assets", and what "data" it was.
 
     Raises:
         ConfigError: if the folder has none, or it can't be read.
@@ -47,6 +47,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "experiment": str(content["experiment"]),
             "config": dict(content["config"]),
             "assets": dict(content.get("assets", {})),
+            "data": dict(content.get("data", {})),
         }
     except (FileNotFoundError, NotADirectoryError):
         raise errors.ConfigError(f"{folder} is not the folder of a run: it has no {CONFIG}") from None
@@ -99,6 +100,7 @@ def write_config(
     experiment: str,
     values: Mapping[str, Any],
     assets: Mapping[str, bytes] | None = None,
+    data: Mapping[str, str] | None = None,
 ) -> None:
     """Write config.json; of several processes the first one does.
 
@@ -107,15 +109,18 @@ def write_config(
         experiment: its name.
         values: the config, as `config.to_json` gives it.
         assets: files that belong to the model, by name, such as its vocabulary; `read_asset` reads them.
+        data: what the data is known by, for `check_data`.
     """
 
     def write() -> None:
         content: dict[str, Any] = {"experiment": experiment, "config": dict(values)}
         if assets:
             make_folders(folder / ASSETS)
-            for name, data in assets.items():
-                write_atomically(folder / ASSETS / name, data)
-            content["assets"] = {name: _digest(data) for name, data in assets.items()}
+            for name, asset in assets.items():
+                write_atomically(folder / ASSETS / name, asset)
+            content["assets"] = {name: _digest(asset) for name, asset in assets.items()}
+        if data:
+            content["data"] = dict(data)
         write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
 
     by_first("run folder/config", write)
@@ -154,6 +159,27 @@ def check_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
             raise errors.ConfigError(
                 f"the run in {folder} was trained with another {name}: its data has changed; choose "
                 "another --run-dir, or --no-resume to start anew"
+            )
+
+
+def check_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Refuse to go on with a run whose examples, or labels, have changed.
+
+    Args:
+        folder: of the run; one of before this was noted is not refused.
+        data: as `write_config` was given it.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    known = read_config(folder)["data"]
+    for part, what in data.items():
+        if known.get(part, what) != what:
+            raise errors.ConfigError(
+                f"the run in {folder} was begun with other data: {part} had {known[part]}, now {what}; "
+                "choose another --run-dir, --no-resume to start anew, or --allow-change to go on with it"
             )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxnets import errors
 from jaxnets.data import archive as archive_module
-from jaxnets.data.archive import unpack_tar
+from jaxnets.data.archive import is_as_unpacked, unpack_tar
 
 MEMBERS = {"set/a.bin": 1000, "set/deep/b.txt": 10}
 
@@ -50,6 +50,17 @@ def test_unpacks_what_is_expected(make_tar, tmp_path, mode):
     assert (target / "deep" / "b.txt").read_bytes() == b"b" * 10
     assert left_in(target.parent) == ["set"]
     assert target.stat().st_mode & 0o055 or os.umask(os.umask(0)) & 0o055  # readable by others
+
+
+def test_a_folder_that_is_as_it_was_unpacked(make_tar, tmp_path):
+    target = unpack_tar(make_tar(), tmp_path / "out" / "set", members=MEMBERS)
+    assert is_as_unpacked(target)
+    (target / "deep" / "b.txt").chmod(0o644)
+    (target / "deep" / "b.txt").write_bytes(b"bbbbbbbbbB")
+    assert not is_as_unpacked(target)
+    (target / "deep" / "b.txt").unlink()
+    assert not is_as_unpacked(target)
+    assert not is_as_unpacked(tmp_path)  # nothing is known of it
 
 
 def test_a_folder_that_is_there_is_left_alone(make_tar, tmp_path):
@@ -156,4 +167,4 @@ def test_a_folder_that_cannot_be_written(make_tar, tmp_path, as_nobody):
 def test_what_nobody_asked_for_stays_packed(make_tar, tmp_path):
     path = make_tar(lambda tar: add(tar, "set/readme.html", b"x"))
     target = unpack_tar(path, tmp_path / "out" / "set", members=MEMBERS)
-    assert left_in(target) == ["a.bin", "deep"]
+    assert left_in(target) == [".sha256", "a.bin", "deep"]

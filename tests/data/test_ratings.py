@@ -205,8 +205,10 @@ def test_an_archive_is_checked_unpacked_and_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(movielens, "download", download)
     data = load_ratings("ml-100k", data_dir=tmp_path / "data", verify="strict")
     assert data.source.endswith("ml-100k (official archive, SHA-256 verified)")
+    again = load_ratings("ml-100k", data_dir=tmp_path / "data", verify="strict")
+    assert again.source == data.source
     files = sorted(path.name for path in (data_dir / "ml-100k").iterdir())
-    assert files == sorted([*(path.name for path in made.iterdir()), "README"])
+    assert files == sorted([*(path.name for path in made.iterdir()), "README", ".sha256"])
     assert not (data_dir / "ml-100k.zip").exists()
 
 

@@ -114,6 +114,20 @@ def test_array_records_one_file_after_another(tmp_path):
     assert read_rows(source, [6, 1])["x"].tolist() == [[6, 6, 6], [1, 1, 1]]
 
 
+def test_array_records_are_written_whole_or_not(tmp_path):
+    path = tmp_path / "x.array_record"
+    write(path, range(5))
+
+    def labels():
+        yield 1
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write(path, labels())
+    assert len(ArrayRecords([path])) == 5
+    assert [each.name for each in tmp_path.iterdir()] == ["x.array_record"]
+
+
 def test_array_records_that_somebody_else_encoded(tmp_path):
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -25,7 +25,7 @@ def reviews(tmp_path):
 
 
 def test_strict_verification_refuses_what_has_no_digest(reviews):
-    with pytest.raises(errors.DataError, match="only the archive's digest is known"):
+    with pytest.raises(errors.DataError, match="whose digest alone is known"):
         imdb.load_imdb(data_dir=reviews, num_each=2, verify="strict")
 
 
@@ -40,6 +40,13 @@ def test_a_folder_of_ones_own(reviews):
     found = texts.load_texts("aclImdb", data_dir=reviews / "imdb")
     assert found.class_names == ("neg", "pos")
     assert len(found.train) == 4
+    write(reviews / "imdb/aclImdb/train/pos/2.TXT", "another")
+    write(reviews / "imdb/aclImdb/train/pos/.2_2.txt", "of an editor")
+    found = texts.load_texts("aclImdb", data_dir=reviews / "imdb")
+    assert len(found.train) == 5
+    assert "another" in found.train
+    with pytest.raises(errors.DataError, match="nothing is known to verify it by"):
+        texts.load_texts("aclImdb", data_dir=reviews / "imdb", verify="strict")
     with pytest.raises(errors.ConfigError, match="unknown text data set 'aclImbd': did you mean"):
         texts.load_texts("aclImbd", data_dir=reviews / "imdb")
 
@@ -100,7 +107,7 @@ def test_an_archive_gives_the_files_that_are_wanted(tmp_path):
         return 4 if "/pos/" in name else None
 
     archive.unpack_tar(path, tmp_path / "aclImdb", members=limit)
-    files = [p for p in (tmp_path / "aclImdb").rglob("*") if p.is_file()]
+    files = list((tmp_path / "aclImdb").rglob("*.txt"))
     assert files == [tmp_path / "aclImdb/train/pos/0_9.txt"]
     with pytest.raises(errors.DataError, match="has 4 bytes, expected at most 3"):
         archive.unpack_tar(path, tmp_path / "b" / "aclImdb", members=lambda name: 3)

@@ -23,6 +23,14 @@ def test_words_keep_their_apostrophes_and_lose_their_tags():
     assert words.words(words.encode(["isn't it?<br/>IT"])[0]) == ["isn't", "it", "?", "it"]
 
 
+def test_names_of_special_entries_in_a_text_are_words():
+    words = Words.of_texts([*TEXTS, "< pad > unk"], 100)
+    for each in (words, Words.from_bytes(words.to_bytes())):
+        found = each.encode(["a <pad> <unk>", "a < pad > < unk >"])
+        assert found[0].tolist() == found[1].tolist()
+        assert found[0].min() > 1
+
+
 def test_words_are_the_same_each_time_and_from_bytes():
     words = Words.of_texts(TEXTS, 9)
     content = words.to_bytes()

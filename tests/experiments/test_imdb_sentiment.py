@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 
@@ -63,6 +64,44 @@ def test_a_long_text_is_cut_and_that_is_said(trained, capsys):
     assert len(printed.out.splitlines()[0]) < 110
 
 
+def test_a_carriage_return_splits_no_row(trained, tmp_path):
+    out = tmp_path / "out.csv"
+    (tmp_path / "kept.csv").write_text("old")
+    out.symlink_to(tmp_path / "kept.csv")
+    texts = ["good film\rreally", "a dull ending\r", "last"]
+    assert run("predict", *texts, "--output", str(out), "--run-dir", str(trained)) == 0
+    with out.open(newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == texts
+    assert out.is_symlink()
+
+
+def test_a_text_without_blanks_is_shown(trained, capsys):
+    assert run("predict", "好" * 100, "--run-dir", str(trained)) == 0
+    assert "好" * 76 + " ..." in capsys.readouterr().out
+
+
+def test_other_labels_are_not_gone_on_with(tmp_path, capsys, monkeypatch):
+    place = ["--run-dir", str(tmp_path / "r"), "--no-pictures", *SMALL]
+    assert run("train", *place, "--steps", "2") == 0
+    load = imdb_sentiment.texts.load_texts
+
+    def changed(*words, **options):
+        found = load(*words, **options)
+        object.__setattr__(found, "train_label", 1 - found.train_label)
+        return found
+
+    monkeypatch.setattr(imdb_sentiment.texts, "load_texts", changed)
+    capsys.readouterr()
+    assert "was begun with other data: train had" in refusal(capsys, "train", *place, "--steps", "4")
+    assert run("train", *place, "--steps", "4", "--allow-change") == 0
+
+
+@pytest.mark.parametrize("flag", ["--width", "--hidden", "--num-layers"])
+def test_sizes_that_cannot_be(flag, tmp_path, capsys):
+    found = refusal(capsys, "train", flag, "0", "--run-dir", str(tmp_path / "r"))
+    assert found.endswith(f"{flag[2:].replace('-', '_')} must be at least 1, not 0")
+
+
 def refusal(capsys, *words):
     assert run(*words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -76,6 +115,9 @@ def test_what_is_refused(trained, tmp_path, capsys, monkeypatch):
     assert "text 1 on the command line is not UTF-8" in refusal(capsys, "predict", "\udcff", *place)
     found = refusal(capsys, "predict", "good", "--output", "no/such/file", *place)
     assert "no/such/file can't be written: there is no folder no/such" in found
+    os.mkfifo(tmp_path / "pipe")
+    found = refusal(capsys, "predict", "good", "--output", str(tmp_path / "pipe"), *place)
+    assert "pipe is no regular file" in found
     (tmp_path / "bad.txt").write_bytes(b"fine\n\xff\n")
     found = refusal(capsys, "predict", "--input", str(tmp_path / "bad.txt"), *place)
     assert found.endswith("bad.txt, line 2: not UTF-8 (byte 0xff at 0)")

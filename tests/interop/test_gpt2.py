@@ -42,6 +42,13 @@ def test_both_ways_bit_for_bit(fields, is_linear):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+def test_weights_of_a_compiled_module():
+    model = GPT(**SIZES)
+    params = draw(model)
+    state = {f"_orig_mod.{name}": x for name, x in to_gpt2(model, params).items()}
+    jax.tree.map(np.testing.assert_array_equal, from_gpt2(model, state)["params"], params)
+
+
 def test_all_that_is_wrong_is_said_at_once():
     model = GPT(**SIZES)
     state = to_gpt2(model, draw(model))

@@ -67,7 +67,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
     assert long < peak(plain, 2048) / 8
 
 
-def test_dropout_belongs_to_rows_and_differs_between_chunks(x64):
+def test_dropout_belongs_to_rows_and_is_that_of_all_at_once(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 6, 12)))
     layer = SelfAttention(N, is_causal=True, chunk=2, dropout_rate=0.5)
     params = layer.init(jax.random.key(0), x, train=False)
@@ -84,12 +84,16 @@ def test_dropout_belongs_to_rows_and_differs_between_chunks(x64):
     assert np.abs(out - plain).max() > 1e-3
     whole = SelfAttention(N, is_causal=True, dropout_rate=0.5)
     np.testing.assert_allclose(whole.apply(params, x, train=False), plain, rtol=1e-12)
-    # Ones for values: a weight that isn't dropped is doubled, and each chunk has masks of its own.
+    # The chunks together have the mask of all at once.
+    for chunk in (1, 4):
+        other = SelfAttention(N, is_causal=True, chunk=chunk, dropout_rate=0.5)
+        np.testing.assert_allclose(run(x, rows, layer=other), out, rtol=1e-12)
+    np.testing.assert_allclose(run(x, rows, layer=whole), out, rtol=1e-12)
     seen = []
 
-    def drop(weights, i):
+    def drop(weights, first):
         seen.append(weights.shape)
-        return weights * (i + 1)
+        return weights * (first // 2 + 1)
 
     query, key, _ = draw(6)
     scaled = chunked_attention(query, key, jnp.ones_like(key), chunk=2, dropout_fn=drop)

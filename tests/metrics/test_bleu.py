@@ -53,7 +53,10 @@ def test_extremes():
 def test_what_is_masked_does_not_count():
     hypotheses, references = pairs()
     mask = np.random.default_rng(0).random(len(references)) < 0.6
-    kept = [[text for text, counts in zip(texts, mask, strict=True) if counts] for texts in (hypotheses, references)]
+    kept = [
+        [text for text, counts in zip(texts, mask, strict=True) if counts]
+        for texts in (hypotheses, references)
+    ]
     assert BLEU.of(hypotheses, references, mask=mask) == BLEU.of(*kept)
     assert BLEU.of(hypotheses, references, mask=[False] * len(references)) == BLEU()
     with pytest.raises(ValueError, match="a mask of 2 for 40 sentences"):

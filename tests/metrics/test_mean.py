@@ -85,7 +85,8 @@ def test_types(x64):
         jnp.bfloat16: jnp.float32,
         jnp.float32: jnp.float32,
         jnp.float64: jnp.float64,
-        jnp.int32: jnp.int32,
+        jnp.int32: jnp.float32,
+        jnp.uint8: jnp.float32,
         bool: jnp.int32,
     }
     for dtype, total in expected.items():
@@ -93,6 +94,14 @@ def test_types(x64):
         assert (mean.total.dtype, mean.count.dtype) == (total, jnp.int32)
     # 300 times 1 in bfloat16 would stop at 256.
     assert float(Mean.of(jnp.ones(300, jnp.bfloat16)).total) == 300
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(255, jnp.uint8), (2 * 10**9, jnp.int32), (-(10**9), jnp.int32)]
+)
+def test_sums_of_integers_do_not_overflow(value, dtype):
+    mean = Mean.of(jnp.full(10**7, value, dtype))
+    assert float(mean.compute()) == pytest.approx(value, rel=1e-5)
 
 
 def test_devices_add_up():

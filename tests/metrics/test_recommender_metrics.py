@@ -123,6 +123,15 @@ def test_ndcg(seed, k, levels):
         np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_ndcg_of_integer_scores(dtype):
+    scores = np.array([[0, 1, 0, 1], [1, 0, 1, 1]])
+    relevance = np.array([[0, 3, 1, 2], [1, 2, 0, 0]], np.float32)
+    expected = [theirs.ndcg_score(relevance[i : i + 1], scores[i : i + 1], k=2) for i in range(2)]
+    found = metrics.ndcg(jnp.asarray(scores, dtype), jnp.asarray(relevance), 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @quick
 @given(seed=SEED, cut=CUT, k=st.integers(1, 8))
 def test_ranks_of_one_wanted_item(seed, cut, k):

@@ -99,7 +99,35 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature):
 def test_what_fills_prompts_up_is_without_effect():
     sampling = Sampling(temperature=0.8, top_k=9)
     first, _ = run(12, sampling=sampling)
-    np.testing.assert_array_equal(run(12, prompts(3), sampling=sampling)[0], first)
+    for content in (3, -1, V):  # the last two are no tokens
+        np.testing.assert_array_equal(run(12, prompts(content), sampling=sampling)[0], first)
+    uncached, _ = run(12, prompts(-1), sampling=sampling, use_cache=False)
+    np.testing.assert_array_equal(uncached, first)
+
+
+def test_a_long_prompt_is_read_in_chunks():
+    x, lengths = np.random.default_rng(1).integers(0, V, (2, 9)), np.array([9, 7])
+    whole, _ = run(8, x, lengths)
+    np.testing.assert_array_equal(run(8, x, lengths, chunk=4)[0], whole)
+    for fields, is_whole in ({"chunk": 4}, False), ({}, True):
+        traced = program(8, **fields).trace(lively(**fields), x, lengths, KEY, np.arange(2))
+        assert ("f32[2,2,9,10]" in str(traced.jaxpr)) == is_whole  # the weights of all places
+
+
+@pytest.mark.parametrize(
+    ("x", "lengths", "message"),
+    [
+        ([[1, 2], [3, 4]], [2, 0], r"prompts have 1 to 2 tokens, not \[2, 0\]"),
+        ([[1, 2]], [3], r"prompts have 1 to 2 tokens, not \[3\]"),
+        ([[1, V]], [2], f"a prompt has a token that is none of the model's {V}"),
+        ([[-1, 1]], [2], "a prompt has a token that is none"),
+    ],
+)
+def test_prompts_that_cannot_be(x, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        generate(GPT(**TINY), start(), jnp.array(x), np.array(lengths), 2, key=KEY)
+    with pytest.raises(ValueError, match=message):
+        next(stream(GPT(**TINY), start(), np.array(x), np.array(lengths), 2, key=KEY))
 
 
 def test_a_row_is_as_if_it_were_alone():

@@ -274,3 +274,18 @@ def test_own_tables_learned_positions_and_an_own_head():
         np.abs(forward("transformer", moved, batch | {"tokens": tokens}, **fields) - expected).max()
         > 0.01
     )
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((B, S), bool), "a mask .* is of which side"),
+        ({"src": np.ones((B, S), bool)}, "masks are of source and target, not of src"),
+    ],
+)
+@every_model
+def test_masks_that_cannot_be(name, mask, message):
+    model, batch = build(name), batch_of()
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: model.apply({"params": start(name)}, batch["tokens"], mask=mask))
+    jax.eval_shape(lambda: model.apply({"params": start(name)}, batch["tokens"], mask=np.ones(B, bool)))

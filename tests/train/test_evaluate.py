@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,6 +43,25 @@ def test_averaged_parameters_are_used_where_there_are_some():
     step = make_strategy(num_devices=1).compile_eval(functools.partial(make_eval_step, eval_fn), data)
     batches = Batches(4, 4, 4, shuffle=False)
     assert evaluate(step, state_of(jnp.float32(2), jnp.float32(5)), batches)["mean"] == 5
+
+
+def test_sums_of_bfloat16_keep_their_fractions():
+    def eval_fn(params, model_state, batch):
+        return {"part": Total(jnp.sum(batch["x"] * batch["mask"], dtype=jnp.bfloat16))}
+
+    data = {"x": np.full(12, 0.25, np.float32), "id": np.arange(12, dtype=np.int32)}
+    step = make_strategy(num_devices=1).compile_eval(functools.partial(make_eval_step, eval_fn), data)
+    found = evaluate(step, state_of(jnp.float32(1)), Batches(12, 3, 12, shuffle=False))
+    assert found["part"] == 3  # of four batches, 0.75 each
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Total:
+    total: jax.Array
+
+    def compute(self):
+        return self.total
 
 
 def test_sums_do_not_lose_digits():

@@ -60,14 +60,22 @@ DRAWS = tiny.draws(Batches(N, 16, 100, seed=1))  # the last one short
 
 
 def run(
-    name, *, tables=TABLES, strategy="jit", num_devices=1, dtype=jnp.float64, draws=DRAWS, **options
+    name,
+    *,
+    tables=TABLES,
+    strategy="jit",
+    num_devices=1,
+    dtype=jnp.float64,
+    draws=DRAWS,
+    data=None,
+    **options,
 ):
     """Train over the draws; the states after each step, the losses and the norms of gradients."""
     init_fn, apply_fn = factorization()
     tx = OPTIMIZERS[name] if isinstance(name, str) else name
     where = make_strategy(strategy, num_devices=num_devices)
     make_step = partial(step_maker(tables), loss_of(apply_fn), tx, **options)
-    step = where.compile_step(make_step, ratings())
+    step = where.compile_step(make_step, ratings() if data is None else data)
     state = where.init(lambda: tiny.to_float(create_state(init_fn, tx, key=jax.random.key(1)), dtype))
     states, seen = [jax.device_get(state.params)], []
     for draw in draws:
@@ -161,6 +169,15 @@ def test_eight_devices_equal_one(name, strategy, options, x64):
     eight, _, seen = run(name, strategy=strategy, num_devices=8, **options)
     assert tiny.relative_difference(tiny.learnt(one), tiny.learnt(eight)) < 1e-9
     np.testing.assert_allclose(seen, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_indices_of_few_bits_find_the_rows_of_a_larger_table(dtype, x64):
+    data = ratings()
+    data["item"] = data["item"] % 128
+    narrow = {**data, "item": data["item"].astype(dtype)}
+    expected, found = (run("sgd", data=each, draws=DRAWS[:3]) for each in (data, narrow))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_several_steps_in_a_call_are_the_same():

@@ -28,7 +28,8 @@ def run(folder, values=VALUES, experiment="digits", **options):
 def test_the_same_config_goes_on_and_more_epochs_too(tmp_path):
     folder = tmp_path / "deep" / "run"
     run(folder)
-    assert read_config(folder) == {"experiment": "digits", "config": VALUES, "assets": {}}
+    expected = {"experiment": "digits", "config": VALUES, "assets": {}, "data": {}}
+    assert read_config(folder) == expected
     run(folder, {**VALUES, "epochs": 3})
     assert read_config(folder)["config"]["epochs"] == 3
 
