@@ -9,13 +9,16 @@ MINOR := $(shell $(PYTHON) -c 'import sys; print("3.%d" % sys.version_info[1])')
 # The exact versions that were tested: Python 3.11 has a file of its own, since newer JAX left it.
 PINS := constraints/$(if $(filter 3.11,$(MINOR)),python3.11,newest).txt
 
-.PHONY: train test test-long check bench clean
+.PHONY: train test test-slow test-long check bench clean
 
 train: $(VENV)/.ready
 	$(RUN) -m experiments.digits train
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -m "not long" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not long" $(ARGS)
+
+test-slow: $(VENV)/.ready
+	$(RUN) -m pytest -m "slow and not long" $(ARGS)
 
 test-long: $(VENV)/.ready
 	$(RUN) -m pytest -m long $(ARGS)

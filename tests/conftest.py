@@ -1,8 +1,10 @@
-"""Eight devices, no silent broadcasting, figures that are only reported, a count of parity tests."""
+"""Eight devices, no silent broadcasting, what is slow, figures that are only reported, parity tests."""
 
 import atexit
+import collections
 import importlib.util
 import os
+import pathlib
 import shutil
 import tempfile
 import types
@@ -30,6 +32,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+SLOW = pathlib.Path(__file__).with_name("slow.txt")  # the names of those tests
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -39,8 +42,21 @@ def pytest_runtest_setup(item):
         pytest.skip("PyTorch is not installed")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-slow",
+        type=float,
+        metavar="SECONDS",
+        help="note the tests of this run that take longer in tests/slow.txt, in place of what is there",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before those are left out that -m doesn't want
 def pytest_collection_modifyitems(items):
+    slow = set(SLOW.read_text("utf-8").splitlines())
     for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("parity"):
             item.user_properties.append(("parity", True))
 
@@ -58,6 +74,16 @@ def pytest_terminal_summary(terminalreporter):
             if name == "figure":
                 terminalreporter.write_line(value)
     terminalreporter.write_line(f"parity tests skipped: {skipped}, passed: {passed}")
+    least = terminalreporter.config.getoption("--write-slow")
+    if least is not None:
+        seconds = collections.Counter()
+        for reports in terminalreporter.stats.values():
+            for report in reports:
+                if isinstance(report, pytest.TestReport):
+                    seconds[report.nodeid] += report.duration
+        slow = sorted(name for name, took in seconds.items() if took > least)
+        SLOW.write_text("".join(f"{name}\n" for name in slow), "utf-8")
+        terminalreporter.write_line(f"{len(slow)} tests that took over {least} s are in {SLOW}")
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_indices_of_few_bits_find_the_rows_of_a_larger_table(dtype, x64):
     data = ratings()
     data["item"] = data["item"] % 128
     narrow = {**data, "item": data["item"].astype(dtype)}
-    expected, found = (run("sgd", data=each, draws=DRAWS[:3]) for each in (data, narrow))
+    expected, found = (run("sgd", data=each, draws=DRAWS[:3])[1:] for each in (data, narrow))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
