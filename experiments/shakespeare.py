@@ -220,7 +220,8 @@ def _check(config: Config) -> None:
         if value is not None and value < 1:
             raise errors.ConfigError(f"{name} must be at least 1, not {value}")
     own = {name: getattr(config, name) for name in ("num_layers", "num_heads", "width")}
-    if config.model != "gpt" and own != {name: getattr(Config(), name) for name in own}:
+    is_of_a_size = config.model in set(registry.names("language_model")) - {"gpt"}
+    if is_of_a_size and own != {name: getattr(Config(), name) for name in own}:
         raise errors.ConfigError(f"{config.model} has its own {', '.join(own)}; they are flags of gpt")
     if config.context < 2:
         raise errors.ConfigError(f"context is {config.context}; a text is gone on with from two tokens")

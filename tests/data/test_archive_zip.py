@@ -38,7 +38,7 @@ def test_unpacks_what_is_expected_and_nothing_else(make_zip, tmp_path, method):
     assert unpack_zip(make_zip(["set/other"], method=method), target, members=MEMBERS) == target
     assert (target / "a.bin").read_bytes() == b"a" * 1000
     assert (target / "deep" / "b.txt").read_bytes() == b"b" * 10
-    assert left_in(target) == ["a.bin", "deep"]
+    assert left_in(target) == [".sha256", "a.bin", "deep"]
     assert left_in(target.parent) == ["set"]
 
 
