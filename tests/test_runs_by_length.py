@@ -54,7 +54,10 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(case, tmp_path):
     assert eval_left == eval_right
 
 
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(
+    scope="module",
+    params=["lstm", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])],
+)
 def alone(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     assert run(request.param, folder, 4) == 0

@@ -60,7 +60,7 @@ FORMS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_fast_and_plain_form_agree_over_odd_shapes(data):
     draw = data.draw

@@ -57,7 +57,7 @@ def value_and_pulls(conv, x, kernel, cotangent):
     return value, *pull(cotangent.astype(value.dtype))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_values_and_gradients_over_odd_shapes(data):
     draw = data.draw
