@@ -1,7 +1,6 @@
 """Unpack an archive that is trusted no further than its list of expected members."""
 
 import gzip
-import hashlib
 import os
 import shutil
 import tarfile
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from jaxnets import errors
-from jaxnets.data.download import locked, sync, writing
+from jaxnets.data.download import digest_of, locked, sync, writing
 
 _DIGESTS = ".sha256"  # of the unpacked files, among them
 
@@ -157,10 +156,10 @@ def _inside(archive: Path, name: str, root: str) -> str:
 
 
 def is_as_unpacked(folder: Path) -> bool:
-    """Whether a folder's files are those that `unpack_tar` or `unpack_zip` left there, byte for byte."""
+    """Whether all that `unpack_tar` or `unpack_zip` left in a folder is there still, byte for byte."""
     try:
         noted = [line.split("  ", 1) for line in (folder / _DIGESTS).read_text("utf-8").splitlines()]
-        return bool(noted) and all(_digest(folder / name) == digest for digest, name in noted)
+        return bool(noted) and all(digest_of(folder / name) == digest for digest, name in noted)
     except (OSError, ValueError):
         return False
 
@@ -168,13 +167,8 @@ def is_as_unpacked(folder: Path) -> bool:
 def _note_digests(folder: Path) -> None:
     """In the format of `sha256sum --check`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{digest_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / _DIGESTS).write_text("".join(lines), "utf-8")
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_tree(folder: Path) -> None:

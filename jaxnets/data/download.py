@@ -238,11 +238,16 @@ def _copy(
             os.fsync(file.fileno())
 
 
+def digest_of(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _mismatch(path: Path, size: int, sha256: str) -> str:
     """What is wrong with a file, or nothing."""
     found = path.stat().st_size
     if found != size:
         return f"it has {found:,} bytes, expected {size:,}"
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = digest_of(path)
     return "" if digest == sha256 else f"its SHA-256 is {digest}, expected {sha256}"

@@ -7,7 +7,6 @@ lazily, on first use in a process. `source[i]` is called from several threads at
 
 import contextlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -132,21 +131,15 @@ def write_array_records(path: str | Path, examples: Iterable[Mapping[str, Any]])
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one, since examples are read one by one and out of order.
-    temporary = f"{path}.tmp"
-    writer = ArrayRecordWriter(temporary, "group_size:1")
-    count = 0
+    temporary, count = Path(f"{path}.tmp"), 0
     try:
-        try:
+        with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
             for example in examples:
                 writer.write(encode_example(example))
                 count += 1
-        finally:
-            writer.close()
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only after an error
     return count
 
 
