@@ -47,7 +47,7 @@ def pytest_addoption(parser):
         "--write-slow",
         type=float,
         metavar="SECONDS",
-        help="note the tests of this run that take longer in tests/slow.txt, in place of what is there",
+        help="write in tests/slow.txt which tests of this run took longer; its other names stay",
     )
 
 
@@ -81,9 +81,10 @@ def pytest_terminal_summary(terminalreporter):
             for report in reports:
                 if isinstance(report, pytest.TestReport):
                     seconds[report.nodeid] += report.duration
-        slow = sorted(name for name, took in seconds.items() if took > least)
-        SLOW.write_text("".join(f"{name}\n" for name in slow), "utf-8")
-        terminalreporter.write_line(f"{len(slow)} tests that took over {least} s are in {SLOW}")
+        slow = {name for name, took in seconds.items() if took > least}
+        others = set(SLOW.read_text("utf-8").splitlines()) - set(seconds)
+        SLOW.write_text("".join(f"{name}\n" for name in sorted(slow | others)), "utf-8")
+        terminalreporter.write_line(f"{len(slow)} of these tests took over {least} s: {SLOW}")
 
 
 @pytest.fixture

@@ -211,14 +211,18 @@ def test_crossvalidation_takes_every_fold_and_the_mean(tmp_path, capsys):
     assert re.search("^crossvalidate +train on all five folds", capsys.readouterr().out, re.M)
 
 
-def test_errors_are_of_stars_as_they_can_be():
+@pytest.mark.parametrize("scale", [1, 2])
+def test_errors_are_of_stars_as_they_can_be(scale, monkeypatch):
+    made = load_ratings("generated")
+    scaled = dataclasses.replace(made, rating=made.rating * scale)
+    monkeypatch.setattr(movielens, "load_ratings", lambda *_, **__: scaled)
     recipe = recipe_of()
     params, _ = start(recipe)
-    params["user_bias"]["embedding"] = params["user_bias"]["embedding"].at[:9].set(3.0)
+    params["user_bias"]["embedding"] = params["user_bias"]["embedding"].at[:9].set(3.0 * scale)
     found = evaluated(recipe, params)
     stars = recipe.predict_fn(params, {}, {k: jnp.asarray(x) for k, x in recipe.test.items()})
-    assert stars.max() > 5
-    error = np.clip(stars, 0.5, 5) - recipe.test["rating"]
+    assert stars.max() > 5 * scale
+    error = np.clip(stars, 0.5 * scale, 5 * scale) - recipe.test["rating"]
     np.testing.assert_allclose(found["rmse"], np.sqrt(np.mean(error**2)), rtol=1e-5)
     np.testing.assert_allclose(found["mae"], np.mean(np.abs(error)), rtol=1e-5)
 

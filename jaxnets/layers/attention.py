@@ -16,12 +16,13 @@ from jaxnets.layers.linear import Linear
 from jaxnets.layers.rotary import rotate
 from jaxnets.ops.forms import is_for_cpu
 from jaxnets.ops.hash import pair_places
-from jaxnets.ops.partition import constrain
+from jaxnets.ops.partition import constrain, is_spread
 from jaxnets.typing import Array
 
 _glorot = nn.initializers.variance_scaling
 _into_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 _out_of_heads = _glorot(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+_IN_CACHE = 2**20  # weights of attention that a CPU computes at once, where that makes two rows or more
 _BLOCK, _MOST_BLOCKS = 64, 8  # queries at a time of causal attention on a CPU, and how many times
 
 
@@ -62,6 +63,34 @@ def attention(
         ([2.0, 2.0], [1.0, 2.0])
     """
     check_shapes(query, key, value, is_causal=is_causal, mask=mask)
+    arrays = query, key, value, mask
+    rows = _rows_at_once(query, key) if dropout_fn is None else query.shape[0]
+    if rows == query.shape[0]:
+        return _attention(*arrays, is_causal, dropout_fn)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+    of_some = jax.checkpoint(lambda part: _attention(*part, is_causal, None))
+    return jax.lax.map(of_some, parts).reshape(*query.shape[:3], value.shape[3])
+
+
+def _rows_at_once(query: Array, key: Array) -> int:
+    """How many rows of the batch: all, or on a CPU some whose weights stay in its cache."""
+    (batch, num_queries, num_heads, _), num_keys = query.shape, key.shape[1]
+    if not is_for_cpu() or is_spread():
+        return batch
+    most = _IN_CACHE // max(1, num_heads * num_queries * num_keys)
+    if most >= batch:
+        return batch
+    return max((rows for rows in range(2, most + 1) if batch % rows == 0), default=batch)
+
+
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    is_causal: bool,
+    dropout_fn: Callable[[Array], Array] | None,
+) -> Array:
     num_queries, num_keys = query.shape[1], key.shape[1]
     # Heads before places: XLA is faster on a CPU at products whose batch axes come first.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))

@@ -54,6 +54,12 @@ def activation_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _rules.reset(token)
 
 
+def is_spread() -> bool:
+    """Whether a strategy spreads activations over several devices by `constrain`."""
+    context = _rules.get()
+    return context is not None and context[0].size > 1
+
+
 def data_sum(tree: PyTree) -> PyTree:
     """Add every leaf over the devices that hold the parts of a batch.
 

@@ -75,6 +75,16 @@ def test_a_carriage_return_splits_no_row(trained, tmp_path):
     assert out.is_symlink()
 
 
+def test_probabilities_of_a_bfloat16_run_have_their_digits(tmp_path, capsys):
+    place = ["--run-dir", str(tmp_path / "r")]
+    assert run("train", *place, *SMALL, "--no-pictures", "--dtype", "bfloat16", "--steps", "20") == 0
+    capsys.readouterr()
+    texts = ["The plot is brilliant.", "what a dull ending", "the cast is wonderful", "a clumsy script"]
+    assert run("predict", *texts, *place) == 0
+    steps = [float(line.split()[1]) * 256 for line in capsys.readouterr().out.splitlines()]
+    assert max(abs(step - round(step)) for step in steps) > 0.05  # bfloat16 has no number in between
+
+
 def test_a_text_without_blanks_is_shown(trained, capsys):
     assert run("predict", "好" * 100, "--run-dir", str(trained)) == 0
     assert "好" * 76 + " ..." in capsys.readouterr().out

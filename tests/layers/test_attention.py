@@ -1,4 +1,5 @@
 import re
+import sys
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ from jax.test_util import check_grads
 
 from jaxnets import ops
 from jaxnets.layers import SelfAttention, attention
+from jaxnets.ops.partition import activation_rules
 
 B, T, N, K = 3, 6, 2, 5
 
@@ -77,14 +79,47 @@ def test_blocks_of_a_long_causal_sequence_are_the_whole(length, mask_axes, x64):
         out = attention(query, key, value, is_causal=True, mask=mask)
         return jnp.sum(weights * out), out
 
+    def derivatives():
+        return jax.jit(jax.value_and_grad(partial(of), (0, 1, 2), has_aux=True))(*arrays)
+
     with ops.plain():
-        (_, expected), grads = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(*arrays)
-    (_, found), others = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(*arrays)
+        (_, expected), grads = derivatives()
+    (_, found), others = derivatives()
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(others, grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
     products = str(jax.make_jaxpr(of)(*arrays)).count("dot_general")
     assert products == 2 * {64: 1, 65: 2, 150: 3, 600: 8}[length]
+
+
+@pytest.mark.parametrize("mask_axes", [0, 2, 3])
+@pytest.mark.parametrize(("batch", "rows"), [(4, 4), (6, 3), (8, 4), (7, 7)])
+def test_some_rows_at_once_are_all_of_them(batch, rows, mask_axes, x64, monkeypatch):
+    """On a CPU; seven rows have no equal parts of two to four."""
+    monkeypatch.setattr(sys.modules["jaxnets.layers.attention"], "_IN_CACHE", 4 * T * T * N)
+    rng = np.random.default_rng(2)
+    arrays = [jnp.asarray(rng.normal(size=(batch, T, N, K))) for _ in range(4)]
+    shape = {0: None, 2: (batch, T), 3: (batch, T, T)}[mask_axes]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 0.5)
+
+    def of(query, key, value, weights):
+        out = attention(query, key, value, is_causal=True, mask=mask)
+        return jnp.sum(weights * out**2), out
+
+    def derivatives(*arrays):
+        out = jax.value_and_grad(of, (0, 1, 2), has_aux=True)(*arrays)
+        return out, jax.jvp(jax.grad(lambda *x: of(*x)[0]), arrays, arrays)
+
+    with ops.plain():
+        expected = jax.jit(derivatives)(*arrays)
+    found = jax.jit(partial(derivatives))(*arrays)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    scores = re.findall(r"f64\[(\d+),2,6,6\] = dot_general", str(jax.make_jaxpr(of)(*arrays)))
+    assert scores == [str(rows)]
+    with activation_rules(jax.make_mesh((2,), ("data",)), {}):
+        whole = str(jax.make_jaxpr(partial(of))(*arrays))
+    assert "scan" not in whole  # spread over devices, no part of the rows is on all of them
 
 
 def test_a_single_place_sees_itself():
