@@ -63,12 +63,15 @@ def attention(
         ([2.0, 2.0], [1.0, 2.0])
     """
     check_shapes(query, key, value, is_causal=is_causal, mask=mask)
-    arrays = query, key, value, mask
     rows = _rows_at_once(query, key) if dropout_fn is None else query.shape[0]
     if rows == query.shape[0]:
-        return _attention(*arrays, is_causal, dropout_fn)
-    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
-    of_some = jax.checkpoint(lambda part: _attention(*part, is_causal, None))
+        return _attention(query, key, value, mask, is_causal, dropout_fn)
+
+    @jax.checkpoint
+    def of_some(arrays: tuple[Array, Array, Array, Array | None]) -> Array:
+        return _attention(*arrays, is_causal, None)
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (query, key, value, mask))
     return jax.lax.map(of_some, parts).reshape(*query.shape[:3], value.shape[3])
 
 
