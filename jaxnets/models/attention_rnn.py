@@ -86,7 +86,7 @@ class AttentionRNN(nn.Module):
     Example:
         >>> model = AttentionRNN(vocabulary_size=20, width=8, hidden=6)
         >>> tokens = {"source": jnp.ones((2, 5), int), "target": jnp.ones((2, 3), int)}
-        >>> model.init_with_output(jax.random.key(0), tokens)[0].shape
+        >>> jax.jit(model.init_with_output)(jax.random.key(0), tokens)[0].shape
         (2, 3, 20)
     """
 
