@@ -64,7 +64,7 @@ def make_mesh(num_devices: int | None = None, sizes: Mapping[str, int] | None = 
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that isn't there
         names = getattr(jax.config, "jax_platforms")  # noqa: B009
-        why = errors.first_line(error) if str(error) else f"JAX_PLATFORMS names {names}"
+        why = errors.first_line(error) if str(error) else f"there is no {names}"
         raise errors.ConfigError(f"JAX found no devices: {why}") from None
     asked = math.prod((sizes or {}).values()) if sizes else None
     if num_devices is None:
