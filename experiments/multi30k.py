@@ -11,6 +11,7 @@ BLEU 37.04 (lower-cased), `attention-rnn` for 27 minutes with 38.60. docs/transl
 
 import dataclasses
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,13 @@ def _arrays(subwords: Subwords, pairs: data.Pairs, max_length: int, *, cut: bool
         fits = [max(map(len, both)) <= max_length for both in zip(*sides.values(), strict=True)]
         if not any(fits):
             raise errors.DataError(f"no pair of sentences has at most {max_length} tokens a side")
+        if not all(fits):
+            warnings.warn(
+                f"{fits.count(False):,} of {len(fits):,} pairs of sentences have more than {max_length} "
+                "tokens on a side and aren't trained on (--max-length)",
+                UserWarning,
+                stacklevel=2,
+            )
         sides = {
             name: [row for row, ok in zip(rows, fits, strict=True) if ok] for name, rows in sides.items()
         }

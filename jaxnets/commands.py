@@ -165,7 +165,7 @@ def read_texts(words: Sequence[str], path: Path | None, *, example: str) -> tupl
     if bool(words) == (path is not None):
         raise errors.ConfigError(f"give either texts, as {example}, or --input FILE")
     texts = list(words) if path is None else read_lines(path)
-    places = [f"text {i}" if path is None else f"{path}, line {i:,}" for i in range(1, len(texts) + 1)]
+    places = [f"text {i:,}" if path is None else f"{path}, line {i:,}" for i in range(1, len(texts) + 1)]
     if not texts:
         raise errors.DataError(f"{path} is empty")
     for text, place in zip(texts, places, strict=True):

@@ -64,26 +64,24 @@ class Translator:
                 "the one that the model was trained with"
             )
 
-    def translate(self, texts: Sequence[str], *, place: str = "text") -> list[str]:
+    def translate(self, texts: Sequence[str], *, places: Sequence[str] | None = None) -> list[str]:
         """The best hypothesis for each text, in one line; arguments are those of `search`."""
         # An untrained model may say any byte, the end of a line too.
-        found = self.search(texts, place=place)
+        found = self.search(texts, places=places)
         return [" ".join(self.subwords.decode(row).split()) for row in found]
 
-    def search(self, texts: Sequence[str], *, place: str = "text") -> list[list[int]]:
+    def search(self, texts: Sequence[str], *, places: Sequence[str] | None = None) -> list[list[int]]:
         """The tokens of the best hypothesis for each text, up to the one that ends it.
 
         Args:
             texts: M sentences.
-            place: where they stand, for messages.
+            places: what each is called in messages; "text 1", "text 2", ... by default.
 
         Raises:
             DataError: if a text is empty, or longer than the model takes; it says which.
         """
-        tokens = [
-            self._encode(text, f"{place}, line {i:,}" if len(texts) > 1 or place != "text" else place)
-            for i, text in enumerate(texts, 1)
-        ]
+        places = places or [f"text {i:,}" for i in range(1, len(texts) + 1)]
+        tokens = [self._encode(text, place) for text, place in zip(texts, places, strict=True)]
         by_length = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         found: list[list[int]] = [[]] * len(texts)
         for begin in range(0, len(texts), _ROWS):
@@ -247,13 +245,12 @@ def open_translator(make_model: Callable[[Any, int], nn.Module], run: SavedRun, 
 
 
 def _translate(make_model, run: SavedRun, words: Sequence[str], flags: TranslateFlags) -> None:
-    texts, _ = read_texts(words, flags.input, example='translate "Ein Hund schläft."')
-    place = "text" if flags.input is None else str(flags.input)
+    texts, places = read_texts(words, flags.input, example='translate "Ein Hund schläft."')
     if flags.picture is not None:
         check_output(flags.picture)
     search = {"num_beams": flags.num_beams, "length_penalty": flags.length_penalty}
     translator = open_translator(make_model, run, **search)
-    found = translator.search(texts, place=place)
+    found = translator.search(texts, places=places)
     lines = "".join(f"{' '.join(translator.subwords.decode(row).split())}\n" for row in found)
     if flags.output is None:
         sys.stdout.write(lines)
@@ -283,7 +280,9 @@ def _score(make_model, run: SavedRun, words: Sequence[str], flags: ScoreFlags) -
     pairs = corpus.parts[flags.part]
     search = {"num_beams": flags.num_beams, "length_penalty": flags.length_penalty}
     translator = open_translator(make_model, run, **search)
-    found = translator.translate(pairs.source, place=pairs.places[0] or flags.part)
+    place = pairs.places[0] or flags.part
+    places = [f"{place}, line {i:,}" for i in range(1, len(pairs) + 1)]
+    found = translator.translate(pairs.source, places=places)
     bleu = BLEU.of(found, pairs.target, lowercase=config.lowercase)
     result = {
         "step": run.model[0],

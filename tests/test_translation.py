@@ -73,7 +73,7 @@ def test_texts_that_can_not_be(translator):
     with pytest.raises(errors.DataError, match=r"^text: 41 tokens; this model takes at most 32"):
         translator.translate(["日" * 13])
     with pytest.raises(errors.DataError, match=r"^a\.txt, line 1: 41 tokens"):
-        translator.translate(["日" * 13], place="a.txt")
+        translator.translate(["日" * 13], places=["a.txt, line 1"])
 
 
 def test_a_vocabulary_that_is_not_the_models(translator):

@@ -20,13 +20,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: if it can't be read, or a line isn't UTF-8, naming it.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise errors.DataError(f"{path} can't be read: {errors.first_line(error)}") from error
-    lines = content.removeprefix(_MARK).split(b"\n")
+    lines = read_content(path).removeprefix(_MARK).split(b"\n")
     if not lines[-1].strip():
         lines.pop()
     texts = []
@@ -38,3 +32,16 @@ def read_lines(path: Path) -> list[str]:
                 f"{path}, line {number:,}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})"
             ) from None
     return texts
+
+
+def read_content(path: Path) -> bytes:
+    """The bytes of a file, unpacked if it ends in .gz.
+
+    Raises:
+        DataError: if it can't be read.
+    """
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise errors.DataError(f"{path} can't be read: {errors.first_line(error)}") from error

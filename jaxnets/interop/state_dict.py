@@ -48,7 +48,7 @@ def to_state_dict(table: Table, variables: Mapping[str, Any]) -> dict[str, np.nd
         variables: `{"params": ...}`, nested, of arrays.
 
     Raises:
-        ParityError: if an array has no row, or a row no array.
+        ParityError: as of `weights.to_torch`.
     """
     found = to_torch(table, variables)
     state_dict = {}

@@ -14,7 +14,7 @@ Every array on either side must have exactly one row, so nothing is left at its 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,16 @@ class Row:
         return array
 
     def to_linen(self, array: np.ndarray) -> np.ndarray:
-        """The array as Linen has it; the inverse of `to_torch`.
+        """The array as Linen has it; the inverse of `to_torch`, and of several parts its own.
 
         Raises:
             ValueError: if its shape isn't that of the row's layout.
         """
+        i, count = self.part
+        if count > 1:
+            if array.shape[self.outputs_axis] % count:
+                raise ValueError(f"{self.torch} is {array.shape}, not {count} equal parts")
+            array = np.split(array, count, axis=self.outputs_axis)[i]
         array = self._without_axes(array)
         if self.shape and array.size != math.prod(self.shape):
             raise ValueError(f"{self.torch} has {array.size:,} numbers; {self.linen} is {self.shape}")
@@ -182,7 +187,8 @@ def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray
         names to arrays, in the order of the table.
 
     Raises:
-        ParityError: if an array has no row, a row has no array, or a name comes twice.
+        ParityError: if an array has no row, a row has no array, a name comes twice, or arrays have
+            other shapes than their rows; it names all of them.
 
     Example:
         >>> variables = {"params": {"head": {"kernel": np.zeros((3, 2)), "bias": np.ones(2)}}}
@@ -192,9 +198,11 @@ def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray
     arrays = flatten(variables)
     linen = [row.linen for row in table if row.linen]
     _check_names("Linen", linen, arrays)
-    state_dict = {}
-    for name, rows in _by_torch(table).items():
-        parts = [row.to_torch(np.asarray(arrays[row.linen])) for row in rows if row.linen]
+    by_torch = _by_torch(table)
+    given = ((row, np.asarray(arrays[row.linen])) for row in table if row.linen)
+    changed, state_dict = _each(Row.to_torch, given), {}
+    for name, rows in by_torch.items():
+        parts = [changed[row.linen] for row in rows if row.linen]
         if len(rows) == 1:
             state_dict[name] = parts[0] if parts else np.zeros((), np.int64)
         else:
@@ -213,26 +221,35 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         `{"params": ..., "batch_stats": ...}`, nested.
 
     Raises:
-        ParityError: if an array has no row, a row has no array, or a path comes twice.
+        ParityError: if an array has no row, a row has no array, a path comes twice, or arrays have
+            other shapes than their rows; it names all of them.
     """
     _check_names("PyTorch", list(_by_torch(table)), state_dict)
     _check_unique("Linen", [row.linen for row in table if row.linen])
     variables: dict[str, Any] = {}
-    for row in table:
-        if row.linen:
-            *folders, name = row.linen.split("/")
-            place = variables
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            array, (i, count) = as_array(state_dict[row.torch]), row.part
-            if count > 1:
-                if array.shape[row.outputs_axis] % count:
-                    raise errors.ParityError(
-                        f"weights: PyTorch's {row.torch} is {array.shape}, not {count} equal parts"
-                    )
-                array = np.split(array, count, axis=row.outputs_axis)[i]
-            place[name] = row.to_linen(array)
+    given = ((row, as_array(state_dict[row.torch])) for row in table if row.linen)
+    for path, array in _each(Row.to_linen, given).items():
+        *folders, name = path.split("/")
+        place = variables
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
     return variables
+
+
+def _each(
+    change: Callable[[Row, np.ndarray], np.ndarray], given: Iterable[tuple[Row, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What each array becomes, by its path in Linen; all that can't in one message."""
+    changed, wrong = {}, []
+    for row, array in given:
+        try:
+            changed[row.linen] = change(row, array)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise errors.ParityError(f"weights: {'; '.join(dict.fromkeys(wrong))}")
+    return changed
 
 
 def as_array(x: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxnets.layers.linear import Linear
 from jaxnets.layers.rotary import rotate
 from jaxnets.ops.forms import is_for_cpu
 from jaxnets.ops.hash import pair_places
-from jaxnets.ops.partition import constrain, is_spread
+from jaxnets.ops.partition import constrain, is_on_one_device
 from jaxnets.typing import Array
 
 _glorot = nn.initializers.variance_scaling
@@ -78,7 +78,7 @@ def attention(
 def _rows_at_once(query: Array, key: Array) -> int:
     """How many rows of the batch: all, or on a CPU some whose weights stay in its cache."""
     (batch, num_queries, num_heads, _), num_keys = query.shape, key.shape[1]
-    if not is_for_cpu() or is_spread():
+    if not is_for_cpu() or not is_on_one_device():
         return batch
     most = _IN_CACHE // max(1, num_heads * num_queries * num_keys)
     if most >= batch:
@@ -298,14 +298,16 @@ class SelfAttention(nn.Module):
             `[B, T, D]`; with a cache also the new one.
 
         Raises:
-            ValueError: if the width doesn't split into so many heads, or there is a cache without places
-                or beside a mask.
+            ValueError: if the width doesn't split into so many heads, or there is a cache without
+                places, beside a mask, or in training with dropout.
         """
         width = x_BTD.shape[2]
         if width % self.num_heads:
             raise ValueError(f"a width of {width} doesn't split into {self.num_heads} heads")
         if cache is not None and (places is None or mask is not None or not self.is_causal):
             raise ValueError("a cache is for causal attention, needs places and takes no mask")
+        if cache is not None and train and self.dropout_rate:
+            raise ValueError("attention to a cache has no dropout: it is for evaluation")
         heads = (self.num_heads, width // self.num_heads)
 
         def project(name: str) -> Array:
@@ -372,7 +374,8 @@ class MultiHeadAttention(nn.Module):
     It can be called in two parts, so that the keys and values of a sequence are kept: those of `x` are
     `keys_and_values(x)`, and `attend(y, *keys_and_values(x))` is what a call gives.
 
-    The weights, `[B, N, T, S]` before dropout, are noted as "weights" in the collection "intermediates".
+    The weights, `[B, N, T, S]` before dropout, are noted as "weights" in the collection "intermediates"
+    where that is mutable; otherwise they need not be whole at any time.
 
     Attributes:
         width: D, a multiple of the heads.
@@ -470,6 +473,7 @@ class MultiHeadAttention(nn.Module):
         Returns:
             `[B, T, D]`.
         """
+        is_noted = self.is_mutable_collection("intermediates")
 
         def noted(weights_BNTS: Array) -> Array:
             self.sow("intermediates", "weights", weights_BNTS)
@@ -482,6 +486,6 @@ class MultiHeadAttention(nn.Module):
             value_BSNK,
             is_causal=self.is_causal and not is_step,
             mask=mask,
-            dropout_fn=noted,
+            dropout_fn=noted if is_noted or (train and self.dropout_rate) else None,
         )
         return self.out(constrain(y_BTNK, "batch", None, "heads", None))

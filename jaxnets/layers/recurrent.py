@@ -52,6 +52,10 @@ class _Direction(nn.Module):
         )
         bias = self.param("bias", _first_bias(self.kind), (num_gates * size,), jnp.float32)
         dtype = self.dtype or jnp.result_type(x, kernel)
+        if (
+            mask is not None
+        ):  # what padding holds, were it not finite, would get into the kernel's gradient
+            x = jnp.where(mask[:, :, None], x, 0)
         ones = jnp.ones((batch, width), dtype)
         # The same elements at all steps (Gal & Ghahramani 2016, arXiv 1512.05287), as Keras has it.
         fed = Dropout(self.dropout_rate, name="dropout")(ones, train=train, rows=rows)
@@ -113,14 +117,14 @@ class LSTM(nn.Module):
         Args:
             x: `[B, T, D]`.
             start: h and c before the first step, `[L, B, H]` each, with both directions `[2 L, B, H]`,
-                of each layer the forward one first; zeros by default.
+                of each layer the forward one first; zeros in at least float32 by default.
             train: whether dropout is on.
             rows: `[B]`, the id of each row, to which its dropout masks belong.
             mask: boolean `[B, T]`, false for steps that a row doesn't take, such as padding.
 
         Returns:
             the last layer's outputs `[B, T, H]`, with both directions `[B, T, 2 H]`, 0 where the mask is
-            false, and h and c after the last step that was taken, as `start` has them.
+            false, and h and c after the last step that was taken, as `start` has them and in its dtypes.
         """
         y, (h, c) = _stacked(self, "lstm", x, start, train, rows, mask)
         return y, (h, c)
@@ -171,7 +175,8 @@ def _stacked(layer, kind, x, start, train, rows, mask):
     count = layer.num_layers * num_directions
     shape = (count, x.shape[0], layer.hidden)
     if start is None:
-        start = (jnp.zeros(shape, layer.dtype or x.dtype),) * (2 if kind == "lstm" else 1)
+        dtype = jnp.promote_types(layer.dtype or x.dtype, jnp.float32)
+        start = (jnp.zeros(shape, dtype),) * (2 if kind == "lstm" else 1)
     if any(part.shape != shape for part in start):
         raise ValueError(f"the first state is {shape}, not {[part.shape for part in start]}")
     ends = []

@@ -189,6 +189,7 @@ class AttentionRNN(nn.Module):
         memory_BSD, ends = self.encoder(x_BSD, train=train, rows=rows, mask=mask)
         # That of the direction that ends at the first word.
         state_BH = jnp.tanh(self.start(ends[1]))
+        state_BH = state_BH.astype(jnp.promote_types(state_BH.dtype, jnp.float32))
         memory_BSD = self.memory_dropout(memory_BSD, train=train, rows=rows)
         return memory_BSD, self.cross_attention.keys(memory_BSD), state_BH
 

@@ -54,10 +54,15 @@ def activation_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _rules.reset(token)
 
 
-def is_spread() -> bool:
-    """Whether a strategy spreads activations over several devices by `constrain`."""
+def is_on_one_device() -> bool:
+    """Whether the arrays in hand are known to lie on one device, whole or as a mapped axis's part.
+
+    Where there are several devices, a caller's own `jit` may spread any array over them.
+    """
     context = _rules.get()
-    return context is not None and context[0].size > 1
+    if context is not None:
+        return context[0].size == 1
+    return _axis.get() is not None or jax.device_count() == 1
 
 
 def data_sum(tree: PyTree) -> PyTree:

@@ -2,7 +2,11 @@
 
 What goes over the time steps one by one is only what must: the product of the last output with the
 recurrent kernel, and the gates. The gradient of that kernel is one product after the loop backwards,
-instead of a sum that every step adds to, and nothing of a step is computed twice.
+instead of a sum that every step adds to.
+
+Outputs and cells go from step to step in at least float32, and gates are computed in it: in bfloat16
+what a step adds to a cell would often be less than half of the cell's last digit, and lost. Products
+are of the dtype that is given, and add up in at least float32.
 
 Time is the first axis. A step whose mask is false leaves the row's state as it is, so padding, at either
 end, changes no number, in both directions of time.
@@ -49,13 +53,34 @@ def lstm(
         reverse: whether the last step is taken first.
 
     Returns:
-        outputs `[T, B, H]`, and output and cell after the last step that was taken. The gradient is a
-        rule of its own; forward mode (`jax.jvp`) takes `ops.plain()`.
+        outputs `[T, B, H]`, and output and cell after the last step that was taken, in the dtypes of h
+        and c. The gradient is a rule of its own; forward mode (`jax.jvp`) takes `ops.plain()`.
     """
-    h, c = (x.astype(gates.dtype) for x in (h, c))
-    if is_plain():
-        return _lstm_loop(gates, kernel, h, c, mask, keep, reverse)[:3]
-    return _lstm(gates, kernel, h, c, mask, keep, reverse)
+    dtype = jnp.promote_types(gates.dtype, kernel.dtype)
+    gates, *start = (x.astype(_wide(dtype)) for x in (gates, h, c))
+    args = gates, kernel.astype(dtype), *start, mask, _constant(keep), reverse
+    y_TBH, *end = _lstm_loop(*args)[:3] if is_plain() else _lstm(*args)
+    return y_TBH.astype(dtype), end[0].astype(h.dtype), end[1].astype(c.dtype)
+
+
+def _wide(dtype: DTypeLike) -> DTypeLike:
+    """What is kept from step to step."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _constant(keep: Array | None) -> Array | None:
+    return None if keep is None else lax.stop_gradient(keep)
+
+
+def _times(x: Array, kernel: Array) -> Array:
+    """`x @ kernel` in the kernel's dtype, added up in that of x."""
+    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype)
+
+
+def _kernel_grad(fed_TBH: Array, dgates_TBG: Array, dtype: DTypeLike) -> Array:
+    """Of the recurrent kernel, `[H, G]`: one product over all steps."""
+    fed, dgates = (x.reshape(-1, x.shape[-1]) for x in (fed_TBH, dgates_TBG))
+    return _times(fed.T, dgates.astype(dtype)).astype(dtype)
 
 
 def _scales(size: int, dtype: DTypeLike) -> tuple[Array, Array]:
@@ -75,7 +100,7 @@ def _lstm_loop(gates, kernel, h, c, mask, keep, reverse):
     def step(carry, inputs):
         (h, c), (x, taken) = carry, inputs
         fed = h if keep is None else h * keep
-        acts = jnp.tanh((x + fed @ kernel) * scale) * scale + shift
+        acts = jnp.tanh((x + _times(fed, kernel)) * scale) * scale + shift
         i, f, g, o = jnp.split(acts, 4, axis=1)
         new_c = f * c + i * g
         new_h = o * jnp.tanh(new_c)
@@ -130,7 +155,7 @@ def _lstm_backward(reverse, kept, grads):
         dh = dh + dh_out
         d = dc + dh * of_h
         dgates = jnp.concatenate([d, d, d, dh], axis=1) * factors
-        back = dgates @ turned
+        back = _times(dgates, turned)
         if keep is not None:
             back = back * keep
         if taken is not None:
@@ -143,9 +168,9 @@ def _lstm_backward(reverse, kept, grads):
     fed_TBH = _before(h, h_TBH, reverse)
     if keep is not None:
         fed_TBH = fed_TBH * keep[None]
-    dkernel = fed_TBH.reshape(-1, size).T @ dgates_TBG.reshape(-1, 4 * size)
+    dkernel = _kernel_grad(fed_TBH, dgates_TBG, kernel.dtype)
     none = None if keep is None else jnp.zeros_like(keep)
-    return dgates_TBG, dkernel.astype(kernel.dtype), dh, dc, None, none
+    return dgates_TBG, dkernel, dh, dc, None, none
 
 
 _lstm.defvjp(_lstm_forward, _lstm_backward)
@@ -179,8 +204,9 @@ def lstm_of_input(
         keep: `[B, H]`.
         reverse: whether the last step is taken first.
     """
-    h, c = (part.astype(x.dtype) for part in (h, c))
-    args = x, kernel, bias, recurrent_kernel, h, c, mask, keep
+    dtype = jnp.result_type(x, kernel, recurrent_kernel)
+    x, kernel, recurrent_kernel = (part.astype(dtype) for part in (x, kernel, recurrent_kernel))
+    args = x, kernel, bias, recurrent_kernel, h, c, mask, _constant(keep)
     if not is_for_cpu() or x.shape[1] < _MANY_ROWS:
         return _lstm_by_gates(*args, reverse)
     return _lstm_by_steps(*args, reverse)
@@ -194,14 +220,16 @@ def _lstm_by_gates(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _lstm_by_steps(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
     """With rows as the last axis, so that what a step's product has to copy is the smaller factor."""
-    scale, shift = (part.T for part in _scales(h.shape[1], x.dtype))
-    both = jnp.concatenate([kernel, recurrent]).T * scale
-    bias = bias.astype(x.dtype)[:, None] * scale
+    wide = _wide(x.dtype)
+    scale, shift = (part.T for part in _scales(h.shape[1], wide))
+    both = jnp.concatenate([kernel, recurrent]).T * scale.astype(x.dtype)
+    bias = bias.astype(wide)[:, None] * scale
 
     def step(carry, inputs):
         (h, c), (x, taken) = carry, inputs
         fed = h if keep is None else h * keep.T
-        acts = jnp.tanh(both @ jnp.concatenate([x, fed]) + bias) * scale + shift
+        fed = jnp.concatenate([x, fed.astype(x.dtype)])
+        acts = jnp.tanh(jnp.matmul(both, fed, preferred_element_type=wide) + bias) * scale + shift
         i, f, g, o = jnp.split(acts, 4)
         new_c = f * c + i * g
         new_h = o * jnp.tanh(new_c)
@@ -209,8 +237,9 @@ def _lstm_by_steps(x, kernel, bias, recurrent, h, c, mask, keep, reverse):
             new_h, new_c = jnp.where(taken[None], new_h, h), jnp.where(taken[None], new_c, c)
         return (new_h, new_c), new_h
 
-    (h, c), h_THB = lax.scan(step, (h.T, c.T), (x.swapaxes(1, 2), mask), reverse=reverse)
-    return h_THB.swapaxes(1, 2), h.T, c.T
+    start = h.T.astype(wide), c.T.astype(wide)
+    end, h_THB = lax.scan(step, start, (x.swapaxes(1, 2), mask), reverse=reverse)
+    return h_THB.astype(x.dtype).swapaxes(1, 2), end[0].T.astype(h.dtype), end[1].T.astype(c.dtype)
 
 
 def _lstm_by_steps_forward(*args):
@@ -248,13 +277,14 @@ def gru(
         reverse: whether the last step is taken first.
 
     Returns:
-        outputs `[T, B, H]`, and the output after the last step that was taken. Of derivatives the same
-        holds as for `lstm`.
+        outputs `[T, B, H]`, and the output after the last step that was taken, in h's dtype. Of
+        derivatives the same holds as for `lstm`.
     """
-    h = h.astype(gates.dtype)
-    if is_plain():
-        return _gru_loop(gates, kernel, bias, h, mask, keep, reverse)[:2]
-    return _gru(gates, kernel, bias, h, mask, keep, reverse)
+    dtype = jnp.promote_types(gates.dtype, kernel.dtype)
+    gates, bias, start = (x.astype(_wide(dtype)) for x in (gates, bias, h))
+    args = gates, kernel.astype(dtype), bias, start, mask, _constant(keep), reverse
+    y_TBH, end = _gru_loop(*args)[:2] if is_plain() else _gru(*args)
+    return y_TBH.astype(dtype), end.astype(h.dtype)
 
 
 def _gru_loop(gates, kernel, bias, h, mask, keep, reverse):
@@ -262,7 +292,7 @@ def _gru_loop(gates, kernel, bias, h, mask, keep, reverse):
         x, taken = inputs
         fed = h if keep is None else h * keep
         x_r, x_z, x_n = jnp.split(x, 3, axis=1)
-        u_r, u_z, u_n = jnp.split(fed @ kernel, 3, axis=1)
+        u_r, u_z, u_n = jnp.split(_times(fed, kernel), 3, axis=1)
         u_n = u_n + bias[None]
         r, z = (jnp.tanh(0.5 * (x + u)) * 0.5 + 0.5 for x, u in ((x_r, u_r), (x_z, u_z)))
         n = jnp.tanh(x_n + r * u_n)
@@ -282,11 +312,11 @@ def _gru(gates, kernel, bias, h, mask, keep, reverse):
 
 def _gru_forward(gates, kernel, bias, h, mask, keep, reverse):
     h_TBH, last, acts_TBG = _gru_loop(gates, kernel, bias, h, mask, keep, reverse)
-    return (h_TBH, last), (kernel, bias, h, mask, keep, h_TBH, acts_TBG)
+    return (h_TBH, last), (kernel, h, mask, keep, h_TBH, acts_TBG)
 
 
 def _gru_backward(reverse, kept, grads):
-    kernel, bias, h, mask, keep, h_TBH, acts_TBG = kept
+    kernel, h, mask, keep, h_TBH, acts_TBG = kept
     dh_TBH, dh = grads
     turned = kernel.T
     before_TBH = _before(h, h_TBH, reverse)
@@ -299,7 +329,7 @@ def _gru_backward(reverse, kept, grads):
         parts = [dn * u_n * r * (1 - r), dh * (before - n) * z * (1 - z), dn * r, dn]
         if taken is not None:
             parts = [jnp.where(taken[:, None], part, 0) for part in parts]
-        back = jnp.concatenate(parts[:3], axis=1) @ turned
+        back = _times(jnp.concatenate(parts[:3], axis=1), turned)
         if keep is not None:
             back = back * keep
         stays = dh * z if taken is None else jnp.where(taken[:, None], dh * z, dh)
@@ -309,11 +339,11 @@ def _gru_backward(reverse, kept, grads):
     size = h.shape[1]
     du_TBG = parts_TBG[..., : 3 * size]
     fed_TBH = before_TBH if keep is None else before_TBH * keep[None]
-    dkernel = fed_TBH.reshape(-1, size).T @ du_TBG.reshape(-1, 3 * size)
+    dkernel = _kernel_grad(fed_TBH, du_TBG, kernel.dtype)
     dbias = jnp.sum(du_TBG[..., 2 * size :], axis=(0, 1))
     dgates_TBG = jnp.concatenate([du_TBG[..., : 2 * size], parts_TBG[..., 3 * size :]], axis=2)
     none = None if keep is None else jnp.zeros_like(keep)
-    return dgates_TBG, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype), dh, None, none
+    return dgates_TBG, dkernel, dbias, dh, None, none
 
 
 _gru.defvjp(_gru_forward, _gru_backward)

@@ -113,7 +113,8 @@ def small(tmp_path, monkeypatch):
         write(folder, stem, {"de": GERMAN, "en": ENGLISH}, zipped=True)
     for path in folder.iterdir():
         content = path.read_bytes()
-        official[path.name] = len(content), hashlib.sha256(content).hexdigest()
+        digests = [hashlib.sha256(x).hexdigest() for x in (content, gzip.decompress(content))]
+        official[path.name] = (len(content), *digests)
     monkeypatch.setattr(multi30k, "_OFFICIAL", official)
     monkeypatch.setattr(multi30k, "_COUNTS", {"train": 2, "val": 2, "test": 2})
     return folder
@@ -141,6 +142,16 @@ def test_multi30k_of_other_bytes_or_lines(small, monkeypatch):
         load_parallel("multi30k", **load)
 
 
+def test_multi30k_unpacked(small):
+    """A plain file is read in place of the packed one, so it is the one that is verified."""
+    load = {"source": "de", "target": "en", "data_dir": small.parent, "verify": "strict"}
+    write(small, "test_2016_flickr", {"en": ENGLISH})
+    assert load_parallel("multi30k", **load).source.endswith("SHA-256 verified)")
+    write(small, "test_2016_flickr", {"en": ["Tampered.", *ENGLISH[1:]]})
+    with pytest.raises(errors.DataError, match=r"1 of 6 files .*test_2016_flickr\.en\.gz"):
+        load_parallel("multi30k", **load)
+
+
 def test_multi30k_is_downloaded(small, monkeypatch, tmp_path):
     there = {path.name: path.read_bytes() for path in small.iterdir()}
     asked = []
@@ -159,7 +170,7 @@ def test_multi30k_is_downloaded(small, monkeypatch, tmp_path):
     assert asked[0][0].startswith(
         "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
     )
-    assert asked[0][1:] == multi30k._OFFICIAL["train.de.gz"]
+    assert asked[0][1:] == multi30k._OFFICIAL["train.de.gz"][:2]
 
 
 def test_phrases_are_the_same_everywhere_and_in_one_part_only():

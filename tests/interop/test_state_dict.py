@@ -42,6 +42,19 @@ def test_all_errors_at_once(encoder):
         assert part in text
 
 
+def test_all_arrays_that_do_not_fit_their_rows_at_once(encoder):
+    other = {"params": params_of(Encoder(1, LayerFields(4, 1, 6)), np.float32)}
+    given = state_dict.to_state_dict(TABLE, encoder)
+    for convert in (
+        lambda: state_dict.to_state_dict(TABLE, other),
+        lambda: state_dict.from_state_dict(TABLE, given, other),
+    ):
+        with pytest.raises(errors.ParityError) as error:
+            convert()
+        for part in ("query/kernel is (4, 1, 4)", "key/kernel is (4, 1, 4)", "out/kernel is (1, 4, 4)"):
+            assert part in str(error.value)
+
+
 def test_both_ways_bit_for_bit(encoder):
     given = state_dict.to_state_dict(TABLE, encoder)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), encoder)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from jaxnets import ops
-from jaxnets.layers import SelfAttention, attention
+from jaxnets.layers import KeyValues, MultiHeadAttention, SelfAttention, attention
 from jaxnets.ops.partition import activation_rules
 
 B, T, N, K = 3, 6, 2, 5
@@ -97,6 +98,7 @@ def test_blocks_of_a_long_causal_sequence_are_the_whole(length, mask_axes, x64):
 def test_some_rows_at_once_are_all_of_them(batch, rows, mask_axes, x64, monkeypatch):
     """On a CPU; seven rows have no equal parts of two to four."""
     monkeypatch.setattr(sys.modules["jaxnets.layers.attention"], "_IN_CACHE", 4 * T * T * N)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     rng = np.random.default_rng(2)
     arrays = [jnp.asarray(rng.normal(size=(batch, T, N, K))) for _ in range(4)]
     shape = {0: None, 2: (batch, T), 3: (batch, T, T)}[mask_axes]
@@ -120,6 +122,38 @@ def test_some_rows_at_once_are_all_of_them(batch, rows, mask_axes, x64, monkeypa
     with activation_rules(jax.make_mesh((2,), ("data",)), {}):
         whole = str(jax.make_jaxpr(partial(of))(*arrays))
     assert "scan" not in whole  # spread over devices, no part of the rows is on all of them
+
+
+def test_rows_that_a_caller_has_spread_stay_where_they_are():
+    """Under a `jit` of one's own, which says nothing to the layer."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    arrays = [jax.ShapeDtypeStruct((64, 256, 8, 4), np.float32, sharding=where)] * 3
+    compiled = jax.jit(attention).lower(*arrays).compile()
+    assert compiled.output_shardings.is_equivalent_to(where, 4)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_dropout_and_a_cache_are_refused():
+    layer, x = SelfAttention(1, is_causal=True, dropout_rate=0.5), jnp.ones((1, 2, 4))
+    cache = KeyValues.empty(1, 2, 1, 4, jnp.float32)
+    options = {"cache": cache, "places": jnp.arange(2)[None]}
+    params = layer.init(jax.random.key(0), x, train=False)
+    layer.apply(params, x, train=False, **options)
+    with pytest.raises(ValueError, match="has no dropout"):
+        layer.apply(params, x, train=True, **options)
+
+
+def test_weights_that_nobody_asks_for_are_not_made_at_once():
+    """A causal layer's, of which most blocks are half empty; asked for, they are the same ones."""
+    layer, x = MultiHeadAttention(4, 2, is_causal=True), jnp.ones((1, 150, 4))
+    params = layer.init(jax.random.key(0), x, x)
+    found = layer.apply(params, x, x)
+    expected, noted = layer.apply(params, x, x, mutable=["intermediates"])
+    assert noted["intermediates"]["weights"][0].shape == (1, 2, 150, 150)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    made = str(jax.make_jaxpr(layer.apply)(params, x, x))
+    assert "[1,2,150,150]" not in made
 
 
 def test_a_single_place_sees_itself():

@@ -30,8 +30,9 @@ def test_padding_changes_no_number(kind):
     variables = model.init(jax.random.key(0), tokens)
     whole = model.apply(variables, tokens, mask=mask)
     other = np.where(mask, tokens, (tokens + 3) % V)  # whatever padding holds
+    none = np.where(mask, tokens, 10 * V)  # no word at all
     longer = np.pad(other, ((0, 0), (0, 5)), constant_values=1)
-    for text, its_mask in ((other, mask), (longer, np.pad(mask, ((0, 0), (0, 5))))):
+    for text, its_mask in ((other, mask), (none, mask), (longer, np.pad(mask, ((0, 0), (0, 5))))):
         found = model.apply(variables, text, mask=its_mask)
         np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-7)
     for row, length in enumerate(lengths):  # each by itself, without padding
@@ -40,10 +41,12 @@ def test_padding_changes_no_number(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_padding_are_zero(kind):
+@pytest.mark.parametrize("padding", [11, -1, 10 * V])
+def test_gradients_of_padding_are_zero(kind, padding):
     model = made(**KINDS[kind])
     tokens = np.array([[2, 3, 11, 11], [2, 4, 5, 11]])
     mask = tokens != 11
+    tokens = np.where(mask, tokens, padding)
     variables = model.init(jax.random.key(0), tokens)
 
     def loss(params):

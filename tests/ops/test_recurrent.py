@@ -1,5 +1,6 @@
 """The loops against their plain forms and by hand, with masks, factors and both directions of time."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -207,3 +208,52 @@ def test_extreme_gates_stay_finite(kind):
 
     grads = jax.grad(total, tuple(range(len(arrays))))(*arrays)
     assert all(np.isfinite(x).all() for x in (total(*arrays), *grads))
+
+
+@pytest.mark.parametrize("form", ["fast", "plain", "many rows"])
+def test_a_cell_in_bfloat16_counts_steps_below_its_last_digit(form):
+    """0.0015 for each of 400 steps; in bfloat16 that stops at 0.5."""
+    steps, rows = 400, 16
+    gates = jnp.log(jnp.array([0.0015 / np.tanh(4) / (1 - 0.0015), 1e9, 1, 1]))  # of sigmoids
+    gates = gates.at[2].set(4.0).astype(jnp.bfloat16)
+    kernel, start = jnp.zeros((1, 4), jnp.bfloat16), jnp.zeros((rows, 1))
+    if form == "many rows":
+        x = jnp.zeros((steps, rows, 1), jnp.bfloat16)
+        y, h, c = ops.lstm_of_input(x, kernel, gates, kernel, start, start)
+    else:
+        with ops.plain() if form == "plain" else contextlib.nullcontext():
+            all_ = jnp.broadcast_to(gates, (steps, rows, 4))
+            y, h, c = ops.lstm(all_, kernel, start, start)
+    assert (y.dtype, h.dtype, c.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    np.testing.assert_allclose(c, 0.6, rtol=0.01)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_an_output_of_the_gru_in_bfloat16_does_not_stand_still(is_plain):
+    """`1 - z` is 0.0025 at each of 400 steps, and 0 in bfloat16."""
+    gates = jnp.broadcast_to(jnp.array([0, 6, 9], jnp.bfloat16), (400, 2, 3))
+    kernel, bias = jnp.zeros((1, 3), jnp.bfloat16), jnp.zeros(1, jnp.bfloat16)
+    with ops.plain() if is_plain else contextlib.nullcontext():
+        _, h = ops.gru(gates, kernel, bias, jnp.zeros((2, 1)))
+    np.testing.assert_allclose(h, 1 - sigmoid(6.0) ** 400, rtol=0.01)
+
+
+@every_kind
+def test_no_gradient_goes_to_the_factors_of_the_output(kind):
+    arrays, keep = draw(kind), extras(False, True)["keep"]
+
+    def total(keep):
+        return jnp.sum(getattr(ops, kind)(*arrays, keep=keep)[0] ** 2)
+
+    assert not np.any(jax.grad(total)(keep))
+    with ops.plain():
+        assert not np.any(jax.grad(total)(keep))
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_the_widest_dtype_counts_however_many_rows_there_are(rows, x64):
+    x, state = jnp.ones((3, rows, 2), jnp.float32), jnp.ones((rows, 1), jnp.float32)
+    kernel = jnp.ones((2, 4), jnp.float64)
+    recurrent = jnp.ones((1, 4), jnp.float32)
+    y, h, c = ops.lstm_of_input(x, kernel, jnp.zeros(4), recurrent, state, state)
+    assert (y.dtype, h.dtype, c.dtype) == (jnp.float64, jnp.float32, jnp.float32)
