@@ -16,12 +16,13 @@ def rank_of(scores: Array, wanted: Array, candidates: Array | None = None) -> Ar
     Args:
         scores: `[B, I]`, greater is better. A NaN counts as greater than any number, except that of the
             wanted item, which then comes last.
-        wanted: integers `[B]`, the item's place in the row.
+        wanted: integers `[B]`, the item's place in the row. One that isn't in [0, I) is no item, and no
+            list has it.
         candidates: boolean `[B, I]`, with whom it is ranked; all by default. Whether it has the wanted
             one makes no difference.
 
     Returns:
-        int32 `[B]`, 1 to I.
+        int32 `[B]`, 1 to I; 2^31 - 1, which is within no k, where the wanted one is no item.
 
     Example:
         >>> rank_of(jnp.array([[0.1, 0.9, 0.5], [1.0, 1.0, 0.0]]), jnp.array([2, 0])).tolist()
@@ -34,8 +35,9 @@ def rank_of(scores: Array, wanted: Array, candidates: Array | None = None) -> Ar
     if candidates is not None:
         chex.assert_equal_shape([scores, candidates])
         is_before_BI = is_before_BI & candidates
-    is_other_BI = jnp.arange(scores.shape[1])[None] != wanted[:, None]
-    return 1 + jnp.sum(is_before_BI & is_other_BI, axis=1, dtype=jnp.int32)
+    is_wanted_BI = jnp.arange(scores.shape[1])[None] == wanted[:, None]
+    ranks_B = 1 + jnp.sum(is_before_BI & ~is_wanted_BI, axis=1, dtype=jnp.int32)
+    return jnp.where(jnp.any(is_wanted_BI, axis=1), ranks_B, jnp.iinfo(jnp.int32).max)
 
 
 def is_hit(ranks: Array, k: int) -> Array:
