@@ -92,7 +92,7 @@ def ndcg(scores: Array, relevance: Array, k: int) -> Array:
         k: at least 1.
 
     Returns:
-        `[B]`, in at least float32; 0 where nothing is relevant.
+        `[B]`, in at least float32; 0 where nothing is relevant, NaN where a score or a relevance is.
     """
     _check(k)
     chex.assert_equal_shape([scores, relevance])
@@ -113,7 +113,9 @@ def ndcg(scores: Array, relevance: Array, k: int) -> Array:
     means_BI = jnp.take_along_axis(sums_BI / jnp.maximum(counts_BI, 1), group_BI, axis=1)
     gain_B = jnp.sum(means_BI * discount_I[None], axis=1)
     ideal_B = jnp.sum(-jnp.sort(-relevance, axis=1) * discount_I[None], axis=1)
-    return jnp.where(ideal_B > 0, gain_B / jnp.where(ideal_B > 0, ideal_B, 1), 0)
+    is_nan_B = (sorted_BI[:, -1] != sorted_BI[:, -1]) | jnp.isnan(ideal_B)  # NaN are sorted to the end
+    found_B = jnp.where(ideal_B > 0, gain_B / jnp.where(ideal_B > 0, ideal_B, 1), 0)
+    return jnp.where(is_nan_B, jnp.nan, found_B)
 
 
 def _check(k: int) -> None:

@@ -182,6 +182,13 @@ def test_ndcg_of_integer_scores(dtype):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_ndcg_of_nan_is_nan():
+    nan = jnp.nan
+    scores = jnp.array([[nan, nan], [2.0, nan], [2.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    relevance = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, nan], [1.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(metrics.ndcg(scores, relevance, 1), [nan, nan, nan, 1, 0])
+
+
 @quick
 @given(seed=SEED, cut=CUT, k=st.integers(1, 8))
 def test_ranks_of_one_wanted_item(seed, cut, k):
