@@ -84,7 +84,13 @@ def _saved(folder):
 
 
 @pytest.mark.parametrize(
-    "words", [("--strategy", "fsdp"), ("--strategy", "pmap"), ("--fixed-order", "8")]
+    "words",
+    [
+        ("--strategy", "fsdp"),
+        ("--strategy", "pmap"),
+        ("--strategy", "tensor", "--num-devices", "2"),  # as many as there are heads
+        ("--fixed-order", "8"),
+    ],
 )
 @pytest.mark.long
 def test_any_strategy_gives_the_same(trained, tmp_path, words):

@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnets.typing import Array
 
@@ -21,6 +22,7 @@ class ClassCounts:
         both: int32 `[V]`, predicted and there: the true positives.
         predicted: int32 `[V]`.
         actual: int32 `[V]`.
+        outside: int32, how many predictions and labels were none of the classes.
         score: what `compute` gives: "precision", both / predicted; "recall", both / actual; or "f1",
             2 both / (predicted + actual), their harmonic mean (van Rijsbergen 1979).
         average: "binary", of class 1; "micro", of all counts together; "macro", the mean over classes;
@@ -30,6 +32,7 @@ class ClassCounts:
     both: Array
     predicted: Array
     actual: Array
+    outside: Array
     score: str = dataclasses.field(default="f1", metadata={"static": True})
     average: str = dataclasses.field(default="binary", metadata={"static": True})
 
@@ -47,7 +50,8 @@ class ClassCounts:
         """Count.
 
         Args:
-            predictions: integers or booleans `[...]` in [0, V).
+            predictions: integers or booleans `[...]` in [0, V). Of others, where they count, the score
+                is NaN.
             labels: the same.
             mask: boolean `[...]`; false for what doesn't count.
             num_classes: V.
@@ -55,7 +59,8 @@ class ClassCounts:
             average: see the class.
 
         Raises:
-            ValueError: if a score or an average is unknown, or "binary" isn't of two classes.
+            ValueError: if a score or an average is unknown, "binary" isn't of two classes, or
+                predictions or labels are neither integers nor booleans, such as probabilities.
 
         Example:
             >>> counts = ClassCounts.of(jnp.array([1, 1, 0, 1]), jnp.array([1, 0, 1, 1]), score="recall")
@@ -67,19 +72,30 @@ class ClassCounts:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
         if average == "binary" and num_classes != 2:
             raise ValueError(f"the average 'binary' is of 2 classes, not of {num_classes}")
+        for what, values in (("predictions", predictions), ("labels", labels)):
+            if not (jnp.issubdtype(values.dtype, jnp.integer) or values.dtype == jnp.bool_):
+                raise ValueError(f"{what} are classes, as integers or booleans, not {values.dtype}")
         chex.assert_equal_shape([predictions, labels])
         keep = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
         chex.assert_equal_shape([labels, keep])
 
-        def count(classes: Array, keep: Array) -> Array:
-            is_class = classes.reshape(-1, 1).astype(jnp.int32) == jnp.arange(num_classes)[None]
-            return jnp.sum(is_class & keep.reshape(-1, 1), axis=0, dtype=jnp.int32)
+        def count(classes: Array, keep: Array) -> tuple[Array, Array]:
+            is_class = classes.reshape(-1, 1) == jnp.arange(num_classes)[None]
+            counts = jnp.sum(is_class & keep.reshape(-1, 1), axis=0, dtype=jnp.int32)
+            return counts, jnp.sum(keep, dtype=jnp.int32) - jnp.sum(counts, dtype=jnp.int32)
 
-        both = count(labels, keep & (predictions == labels))
-        return cls(both, count(predictions, keep), count(labels, keep), score, average)
+        both, _ = count(labels, keep & (predictions == labels))
+        (predicted, others), (actual, more) = count(predictions, keep), count(labels, keep)
+        return cls(both, predicted, actual, others + more, score, average)
 
     def compute(self) -> Array:
-        """The score; 0 for a class that it isn't defined of."""
+        """The score; 0 for a class that it isn't defined of, NaN if a class was none."""
+        score, is_wrong = self._score(), self.outside > 0
+        if isinstance(score, jax.Array):
+            return jnp.where(is_wrong, jnp.nan, score)
+        return score * np.nan if is_wrong else score  # on the host in float64, as the sums are
+
+    def _score(self) -> Array:
         both, predicted, actual = self.both, self.predicted, self.actual
         if self.average == "binary":
             both, predicted, actual = both[1], predicted[1], actual[1]

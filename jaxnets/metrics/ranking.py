@@ -16,12 +16,13 @@ def rank_of(scores: Array, wanted: Array, candidates: Array | None = None) -> Ar
     Args:
         scores: `[B, I]`, greater is better. A NaN counts as greater than any number, except that of the
             wanted item, which then comes last.
-        wanted: integers `[B]`, the item's place in the row.
+        wanted: integers `[B]`, the item's place in the row. One that isn't in [0, I) is no item, and no
+            list has it.
         candidates: boolean `[B, I]`, with whom it is ranked; all by default. Whether it has the wanted
             one makes no difference.
 
     Returns:
-        int32 `[B]`, 1 to I.
+        int32 `[B]`, 1 to I; 2^31 - 1, which is within no k, where the wanted one is no item.
 
     Example:
         >>> rank_of(jnp.array([[0.1, 0.9, 0.5], [1.0, 1.0, 0.0]]), jnp.array([2, 0])).tolist()
@@ -34,8 +35,9 @@ def rank_of(scores: Array, wanted: Array, candidates: Array | None = None) -> Ar
     if candidates is not None:
         chex.assert_equal_shape([scores, candidates])
         is_before_BI = is_before_BI & candidates
-    is_other_BI = jnp.arange(scores.shape[1])[None] != wanted[:, None]
-    return 1 + jnp.sum(is_before_BI & is_other_BI, axis=1, dtype=jnp.int32)
+    is_wanted_BI = jnp.arange(scores.shape[1])[None] == wanted[:, None]
+    ranks_B = 1 + jnp.sum(is_before_BI & ~is_wanted_BI, axis=1, dtype=jnp.int32)
+    return jnp.where(jnp.any(is_wanted_BI, axis=1), ranks_B, jnp.iinfo(jnp.int32).max)
 
 
 def is_hit(ranks: Array, k: int) -> Array:
@@ -90,7 +92,7 @@ def ndcg(scores: Array, relevance: Array, k: int) -> Array:
         k: at least 1.
 
     Returns:
-        `[B]`, in at least float32; 0 where nothing is relevant.
+        `[B]`, in at least float32; 0 where nothing is relevant, NaN where a score or a relevance is.
     """
     _check(k)
     chex.assert_equal_shape([scores, relevance])
@@ -111,7 +113,9 @@ def ndcg(scores: Array, relevance: Array, k: int) -> Array:
     means_BI = jnp.take_along_axis(sums_BI / jnp.maximum(counts_BI, 1), group_BI, axis=1)
     gain_B = jnp.sum(means_BI * discount_I[None], axis=1)
     ideal_B = jnp.sum(-jnp.sort(-relevance, axis=1) * discount_I[None], axis=1)
-    return jnp.where(ideal_B > 0, gain_B / jnp.where(ideal_B > 0, ideal_B, 1), 0)
+    is_nan_B = (sorted_BI[:, -1] != sorted_BI[:, -1]) | jnp.isnan(ideal_B)  # NaN are sorted to the end
+    found_B = jnp.where(ideal_B > 0, gain_B / jnp.where(ideal_B > 0, ideal_B, 1), 0)
+    return jnp.where(is_nan_B, jnp.nan, found_B)
 
 
 def _check(k: int) -> None:

@@ -26,6 +26,12 @@ class NeuMF(nn.Module):
         hidden: widths F of the perceptron's layers; its vectors are half of the first one.
         init_scale: standard deviation of the vectors at the start.
         dtype: of the computation.
+
+    Example:
+        >>> model = NeuMF(num_users=5, num_items=7, width=2, hidden=(4, 2))
+        >>> pairs = jnp.array([[0, 6], [4, 1], [4, 2]])
+        >>> jax.eval_shape(model.init_with_output, jax.random.key(0), pairs)[0].shape
+        (3,)
     """
 
     num_users: int
@@ -88,5 +94,10 @@ class NeuMF(nn.Module):
 
 
 def neumf(num_users: int = 1000, num_items: int = 1000, **kwargs) -> NeuMF:
-    """The paper's NeuMF with 8 predictive factors: a perceptron of 64, 32, 16 and 8."""
+    """The paper's NeuMF with 8 predictive factors: a perceptron of 64, 32, 16 and 8.
+
+    Example:
+        >>> neumf(5, 7).width
+        8
+    """
     return NeuMF(num_users, num_items, **kwargs)

@@ -253,6 +253,12 @@ class Decoder(nn.Module):
         num_layers: L.
         fields: of the layers.
         use_final_norm: as of `Encoder`.
+
+    Example:
+        >>> decoder = Decoder(1, LayerFields(width=8, num_heads=2, hidden=16))
+        >>> x_BTD, memory_BSD = jnp.ones((1, 3, 8)), jnp.ones((1, 5, 8))
+        >>> jax.eval_shape(decoder.init_with_output, jax.random.key(0), x_BTD, memory_BSD)[0].shape
+        (1, 3, 8)
     """
 
     num_layers: int = 6
@@ -324,7 +330,12 @@ def encoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields
 
 
 def decoder(num_layers: int = 6, *, use_final_norm: bool | None = None, **fields: Any) -> Decoder:
-    """A `Decoder` in one call; the arguments are those of `encoder`."""
+    """A `Decoder` in one call; the arguments are those of `encoder`.
+
+    Example:
+        >>> decoder(2, width=8, num_heads=2, hidden=16).num_layers
+        2
+    """
     return Decoder(num_layers, LayerFields(**fields), use_final_norm)
 
 

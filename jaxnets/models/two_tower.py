@@ -70,6 +70,12 @@ class TwoTower(nn.Module):
         temperature: by which products, in [-1, 1], are divided to be logits.
         init_scale: standard deviation of the rows at the start.
         dtype: of the computation.
+
+    Example:
+        >>> model = TwoTower(num_users=5, num_items=7, width=4, hidden=(3,))
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.array([[0, 6]]))
+        >>> jax.eval_shape(lambda p: model.apply(p, jnp.array([4, 1]), method="all_items"), params).shape
+        (2, 7)
     """
 
     num_users: int
@@ -119,5 +125,10 @@ class TwoTower(nn.Module):
 
 
 def two_tower(num_users: int = 1000, num_items: int = 1000, **kwargs) -> TwoTower:
-    """Tables of 32, layers of 64 and 32."""
+    """Tables of 32, layers of 64 and 32.
+
+    Example:
+        >>> two_tower(5, 7, temperature=0.2).hidden
+        (64, 32)
+    """
     return TwoTower(num_users, num_items, **kwargs)

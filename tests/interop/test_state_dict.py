@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,28 +118,57 @@ def test_safetensors_as_pytorch_writes_them(encoder, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("is_bidirectional", [False, True])
-def test_recurrent_layers_of_pytorch(kind, is_bidirectional, x64):
-    """Both of its biases are drawn, and ours gives the same outputs."""
+def test_recurrent_layers_of_pytorch(kind, is_bidirectional, dtype, x64):
+    """Both of its biases are drawn, and ours gives the same outputs and gradients."""
     import torch
+
+    bound = {"float64": 1e-9, "float32": 1e-5}[dtype]
+
+    def assert_as_good(ours, theirs):
+        assert ours.dtype == theirs.dtype == dtype
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max())
 
     layer = {"lstm": LSTM, "gru": GRU}[kind](H, 2, is_bidirectional)
     twin = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind](
-        D, H, 2, batch_first=True, bidirectional=is_bidirectional, dtype=torch.float64
+        D, H, 2, batch_first=True, bidirectional=is_bidirectional, dtype=getattr(torch, dtype)
     )
     table = state_dict.recurrent("", "", kind=kind, num_layers=2, is_bidirectional=is_bidirectional)
-    like = {"params": params_of(layer)}
+    like = {"params": params_of(layer, dtype)}
     given = {name: x.numpy() for name, x in twin.state_dict().items()}
     params = state_dict.from_state_dict(table, given, like)
-    x = np.random.default_rng(1).normal(size=(B, T, D))
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(B, T, D)).astype(dtype)
+    along = rng.normal(size=(B, T, H * (1 + is_bidirectional))).astype(dtype)
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(params, x):
+        y, pull = jax.vjp(lambda params, x: layer.apply(params, x)[0], params, x)
+        return y, *pull(along)
+
+    with jax.default_matmul_precision("highest"):
+        y, dparams, dx = run(params, x)
+    fed = torch.tensor(x, requires_grad=True)
+    expected = twin(fed)[0]
+    expected.backward(torch.tensor(along))
+    assert_as_good(y, expected.detach().numpy())
+    assert_as_good(dx, fed.grad.numpy())
+    named = dict(twin.named_parameters())
+    for name, grad in state_dict.to_state_dict(table, dparams).items():
+        theirs = named[name].grad.numpy()
+        # One bias is the sum of both; the second is 0 on the way out, but for the GRU's new gate.
+        if name.startswith("bias_hh"):
+            if kind == "lstm":
+                continue
+            grad, theirs = grad[2 * H :], theirs[2 * H :]
+        assert_as_good(grad, theirs)
+    # And out again: other arrays, since there is one bias, but the same layer.
+    arrays = state_dict.to_state_dict(table, params)
+    twin.load_state_dict({name: torch.tensor(a) for name, a in arrays.items()})
     with torch.no_grad():
-        expected = twin(torch.tensor(x))[0].numpy()
-        np.testing.assert_allclose(layer.apply(params, x)[0], expected, rtol=1e-9, atol=1e-12)
-        # And out again: other arrays, since there is one bias, but the same layer.
-        arrays = state_dict.to_state_dict(table, params)
-        twin.load_state_dict({name: torch.tensor(a) for name, a in arrays.items()})
-        np.testing.assert_allclose(twin(torch.tensor(x))[0].numpy(), expected, rtol=1e-9, atol=1e-12)
+        assert_as_good(twin(torch.tensor(x))[0].numpy(), expected.detach().numpy())
     del given["bias_hh_l0"]
     given["weight_hh_l1"] = np.zeros((1, 1))
     with pytest.raises(errors.ParityError, match=r"missing bias_hh_l0; weight_hh_l1 is \(1, 1\)"):

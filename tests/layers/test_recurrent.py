@@ -12,6 +12,8 @@ KINDS = {"lstm": LSTM, "gru": GRU}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 FORMS = [(1, False), (1, True), (2, False), (3, True)]
 every_form = pytest.mark.parametrize(("num_layers", "is_bidirectional"), FORMS)
+every_dtype = pytest.mark.parametrize("dtype", ["float64", "float32"])
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def inputs(dtype=np.float64, seed=0):
@@ -28,12 +30,12 @@ def filled(layer, x, dtype=np.float64):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), shapes)
 
 
-def torch_twin(kind, params, num_layers, is_bidirectional):
+def torch_twin(kind, params, num_layers, is_bidirectional, dtype):
     """PyTorch's layer with the same weights."""
     import torch
 
     twin = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind](
-        D, H, num_layers, batch_first=True, bidirectional=is_bidirectional, dtype=torch.float64
+        D, H, num_layers, batch_first=True, bidirectional=is_bidirectional, dtype=getattr(torch, dtype)
     )
     with torch.no_grad():
         for i in range(num_layers):
@@ -51,23 +53,30 @@ def torch_twin(kind, params, num_layers, is_bidirectional):
     return twin
 
 
+def assert_as_good(ours, theirs, dtype, name=""):
+    theirs, bound = theirs.detach().numpy(), {"float64": 1e-9, "float32": 1e-5}[dtype]
+    assert ours.dtype == theirs.dtype == dtype
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max(), err_msg=name)
+
+
 @pytest.mark.parity
+@every_dtype
 @every_kind
 @every_form
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_pytorch_agrees(kind, num_layers, is_bidirectional, has_mask, x64):
+def test_pytorch_agrees(kind, num_layers, is_bidirectional, has_mask, dtype, x64):
     """Outputs, last states, and the gradients of input and weights; with lengths as packed sequences."""
     import torch
 
-    x, mask, lengths = inputs()
+    x, mask, lengths = inputs(dtype)
     layer = KINDS[kind](H, num_layers, is_bidirectional)
-    params = filled(layer, x)
+    params = filled(layer, x, dtype)
     rng = np.random.default_rng(3)
     count = num_layers * (1 + is_bidirectional)
-    first = [rng.normal(size=(count, B, H)) for _ in range(2 if kind == "lstm" else 1)]
+    first = [rng.normal(size=(count, B, H)).astype(dtype) for _ in range(2 if kind == "lstm" else 1)]
     weights = [
-        rng.normal(size=(B, T, H * (1 + is_bidirectional))),
-        *(rng.normal(size=f.shape) for f in first),
+        rng.normal(size=shape).astype(dtype)
+        for shape in ((B, T, H * (1 + is_bidirectional)), *(f.shape for f in first))
     ]
 
     def run(params, x):
@@ -76,8 +85,10 @@ def test_pytorch_agrees(kind, num_layers, is_bidirectional, has_mask, x64):
         outs = (y, *end) if kind == "lstm" else (y, end)
         return sum(jnp.sum(a * w) for a, w in zip(outs, weights, strict=True)), outs
 
-    (_, outs), (dparams, dx) = jax.value_and_grad(run, (0, 1), has_aux=True)(params, x)
-    twin = torch_twin(kind, params, num_layers, is_bidirectional)
+    step = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True), compiler_options=QUICK)
+    with jax.default_matmul_precision("highest"):
+        (_, outs), (dparams, dx) = step(params, x)
+    twin = torch_twin(kind, params, num_layers, is_bidirectional, dtype)
     x_torch = torch.tensor(np.asarray(x), requires_grad=True)
     fed = x_torch
     if has_mask:
@@ -91,8 +102,8 @@ def test_pytorch_agrees(kind, num_layers, is_bidirectional, has_mask, x64):
     expected = (y, *end) if kind == "lstm" else (y, end)
     sum((a * torch.tensor(w)).sum() for a, w in zip(expected, weights, strict=True)).backward()
     for found, value in zip(outs, expected, strict=True):
-        np.testing.assert_allclose(found, value.detach().numpy(), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(dx, x_torch.grad.numpy(), rtol=1e-9, atol=1e-11)
+        assert_as_good(found, value, dtype)
+    assert_as_good(dx, x_torch.grad, dtype)
     for i in range(num_layers):
         for name, suffix in (("forward", ""), ("backward", "_reverse"))[: 1 + is_bidirectional]:
             ours, place = dparams[f"{name}{i + 1}"], f"l{i}{suffix}"
@@ -104,7 +115,7 @@ def test_pytorch_agrees(kind, num_layers, is_bidirectional, has_mask, x64):
             if kind == "gru":
                 pairs["recurrent_bias"] = getattr(twin, f"bias_hh_{place}").grad[2 * H :]
             for key, value in pairs.items():
-                np.testing.assert_allclose(ours[key], value.numpy(), rtol=1e-9, atol=1e-11)
+                assert_as_good(ours[key], value, dtype, f"{name}{i + 1} {key}")
 
 
 @every_kind

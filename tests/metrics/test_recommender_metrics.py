@@ -83,11 +83,38 @@ def test_counts_that_nothing_is_defined_of():
         ({"score": "accuracy"}, "score is one of"),
         ({"average": "all"}, "average is one of"),
         ({"num_classes": 3}, "of 2 classes, not of 3"),
+        ({"predictions": jnp.array([0.2, 0.9])}, "predictions are classes, .* not float32"),
+        ({"labels": jnp.zeros(2, jnp.bfloat16)}, "labels are classes, .* not bfloat16"),
     ],
 )
 def test_unknown_counts_are_refused(options, match):
+    classes = {"predictions": jnp.zeros(2, jnp.int32), "labels": jnp.zeros(2, jnp.int32)}
     with pytest.raises(ValueError, match=match):
-        ClassCounts.of(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), **options)
+        ClassCounts.of(**classes | options)
+
+
+@pytest.mark.parametrize("score", ["precision", "recall", "f1"])
+@pytest.mark.parametrize(
+    ("average", "num_classes"), [("binary", 2), ("micro", V), ("macro", V), ("weighted", V)]
+)
+def test_a_class_out_of_range_makes_the_score_nan(average, num_classes, score):
+    """But for one that a mask leaves out; also under jit, after merging, and on the host."""
+    options = {"num_classes": num_classes, "score": score, "average": average}
+
+    @jax.jit
+    def of(predictions, labels, mask):
+        return ClassCounts.of(predictions, labels, mask, **options)
+
+    classes, everything = jnp.array([1, 0, 1]), jnp.ones(3, bool)
+    good = of(classes, classes, everything)
+    assert float(good.compute()) == 1
+    for other in (-1, num_classes, 300):
+        spoiled = classes.at[1].set(other)
+        for pair in ((spoiled, classes), (classes, spoiled), (spoiled, spoiled)):
+            merged = jax.tree.map(jnp.add, good, of(*pair, everything))
+            assert np.isnan(merged.compute())
+            assert np.isnan(jax.tree.map(np.asarray, merged).compute())
+            assert float(of(*pair, jnp.array([True, False, True])).compute()) == 1
 
 
 @quick
@@ -123,6 +150,29 @@ def test_ndcg(seed, k, levels):
         np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-6)
 
 
+@quick
+@given(seed=SEED, size=st.sampled_from([5, N]), k=st.integers(1, 12))
+def test_the_mean_ndcg_of_any_batches(seed, size, k):
+    """Queries in random order, some left out, the last batch filled up with what means nothing."""
+    rng, mask = draw(seed)
+    scores = rng.integers(0, 6, (N, 9)).astype(np.float32)
+    relevance = rng.integers(0, 3, (N, 9)) * rng.integers(0, 2, (N, 1)).astype(np.float32)
+    expected = theirs.ndcg_score(relevance[mask], scores[mask], k=k)
+    order = np.pad(rng.permutation(N), (0, -N % size))
+    keep = mask[order] & (np.arange(len(order)) < N)
+    relevance = np.where(keep[:, None], relevance[order], 9)
+    batches = np.split(np.arange(len(order)), len(order) // size)
+    parts = [
+        Mean.of(
+            metrics.ndcg(*map(jnp.asarray, (scores[order[b]], relevance[b])), k), jnp.asarray(keep[b])
+        )
+        for b in batches
+    ]
+    merged = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    assert int(merged.count) == mask.sum()
+    np.testing.assert_allclose(merged.compute(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
 def test_ndcg_of_integer_scores(dtype):
     scores = np.array([[0, 1, 0, 1], [1, 0, 1, 1]])
@@ -130,6 +180,13 @@ def test_ndcg_of_integer_scores(dtype):
     expected = [theirs.ndcg_score(relevance[i : i + 1], scores[i : i + 1], k=2) for i in range(2)]
     found = metrics.ndcg(jnp.asarray(scores, dtype), jnp.asarray(relevance), 2)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_ndcg_of_nan_is_nan():
+    nan = jnp.nan
+    scores = jnp.array([[nan, nan], [2.0, nan], [2.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    relevance = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, nan], [1.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(metrics.ndcg(scores, relevance, 1), [nan, nan, nan, 1, 0])
 
 
 @quick
@@ -167,3 +224,16 @@ def test_ranks_among_candidates_with_ties_and_nan():
     assert metrics.rank_of(jnp.zeros((1, 20)), jnp.array([0])).tolist() == [20]
     with pytest.raises(ValueError, match="at least 1"):
         metrics.is_hit(ranks, 0)
+
+
+def test_a_wanted_item_that_is_none_is_no_hit():
+    """Nor do bytes wrap around in a catalogue that is larger than they count."""
+    wanted, none = jnp.array([2, 7, -1, 1]), 2**31 - 1
+    ranks = jax.jit(metrics.rank_of)(jnp.ones((4, 2)), wanted)
+    assert ranks.tolist() == [none, none, none, 2]
+    assert metrics.is_hit(ranks, 10).tolist() == [False, False, False, True]
+    assert metrics.gain_at(ranks, 10)[:3].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(metrics.reciprocal_rank(ranks), [0, 0, 0, 0.5], atol=1e-9)
+    nobody = jnp.zeros((4, 2), bool)
+    assert metrics.rank_of(jnp.ones((4, 2)), wanted, nobody).tolist() == [none, none, none, 1]
+    assert metrics.rank_of(jnp.arange(300.0)[None], jnp.array([200], jnp.uint8)).tolist() == [100]

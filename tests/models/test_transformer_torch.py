@@ -9,7 +9,7 @@ from jaxnets.interop import state_dict
 from jaxnets.layers import MultiHeadAttention
 from jaxnets.models.transformer import Transformer, sinusoids
 from jaxnets.models.transformer_stack import Decoder, Encoder, LayerFields
-from tests.models.tiny_translation import draw
+from tests.models.tiny_translation import QUICK, draw
 
 pytestmark = pytest.mark.parity
 B, S, T, D, N, F = 4, 7, 5, 8, 2, 12
@@ -54,11 +54,17 @@ def compare(run, module, table, params, inputs, call, dtype, valid=None):
     twin = loaded(module, table, params, getattr(torch, dtype))
     fed = [torch.tensor(np.asarray(x), requires_grad=True) for x in inputs]
     expected = call(twin, *fed)
-    out, pull = jax.vjp(lambda params, *inputs: run(params, *inputs), params, *inputs)
-    valid = np.ones(out.shape[:2], bool) if valid is None else valid
-    along = np.where(valid[..., None], normal(*out.shape, seed=9), 0).astype(dtype)
+    valid = np.ones(expected.shape[:2], bool) if valid is None else valid
+    along = np.where(valid[..., None], normal(*expected.shape, seed=9), 0).astype(dtype)
+
+    def both(params, *inputs):
+        out, pull = jax.vjp(run, params, *inputs)
+        return out, pull(jnp.asarray(along))
+
+    with jax.default_matmul_precision("highest"):
+        out, (grads, *of_inputs) = jax.jit(both, compiler_options=QUICK)(params, *inputs)
+    assert out.dtype == dtype
     assert_as_good(np.asarray(out)[valid], expected[torch.tensor(valid)], bound)
-    grads, *of_inputs = pull(jnp.asarray(along))
     (expected * torch.tensor(along)).sum().backward()
     for ours, theirs in zip(of_inputs, fed, strict=True):
         assert_as_good(ours, theirs.grad, bound)
@@ -85,18 +91,15 @@ def test_multi_head_attention(dtype, x64):
     params = draw(jax.eval_shape(layer.init, KEY, x, memory)["params"], dtype=np.float64)
     table = state_dict.attention("", "", width=D, num_heads=N)
     hidden = torch.tensor(~mask)
-    with jax.default_matmul_precision("highest"):
-        compare(
-            lambda params, x, memory: layer.apply({"params": params}, x, memory, mask=jnp.asarray(mask)),
-            torch.nn.MultiheadAttention(D, N, batch_first=True),
-            table,
-            params,
-            (x, memory),
-            lambda twin, x, memory: twin(x, memory, memory, key_padding_mask=hidden, need_weights=False)[
-                0
-            ],
-            dtype,
-        )
+    compare(
+        lambda params, x, memory: layer.apply({"params": params}, x, memory, mask=jnp.asarray(mask)),
+        torch.nn.MultiheadAttention(D, N, batch_first=True),
+        table,
+        params,
+        (x, memory),
+        lambda twin, x, memory: twin(x, memory, memory, key_padding_mask=hidden, need_weights=False)[0],
+        dtype,
+    )
 
 
 @every_dtype
@@ -158,10 +161,11 @@ def test_the_decoder(norm_first, dtype, x64):
     )
 
 
+@every_dtype
 @before_and_after
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # it says that it is slow
-def test_the_whole_from_tokens_to_logits(norm_first, x64):
-    """`torch.nn.Transformer` between tables and positions written out by hand."""
+def test_the_whole_from_tokens_to_logits(norm_first, dtype, x64):
+    """`torch.nn.Transformer` between a table and positions written out by hand."""
     import torch
 
     size = 11
@@ -181,26 +185,29 @@ def test_the_whole_from_tokens_to_logits(norm_first, x64):
     params = draw(jax.eval_shape(model.init, KEY, tokens)["params"], dtype=np.float64)
     sizes = {"num_layers": 2, "width": D, "num_heads": N, "use_final_norm": True}
     table = [
+        *state_dict.embedding("embedding", "embedding"),
         *state_dict.encoder("encoder", "encoder", **sizes),
         *state_dict.decoder("decoder", "decoder", **sizes),
     ]
-    inner = {name: params[name] for name in ("encoder", "decoder")}
-    twin = torch.nn.Transformer(
-        D, N, 2, 2, F, dropout=0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64
-    )
-    twin = loaded(twin, table, inner, torch.float64)
-    embedding = torch.tensor(np.asarray(params["embedding"]["embedding"]))
-    places = torch.tensor(sinusoids(S, D))
+    module = torch.nn.Transformer(D, N, 2, 2, F, dropout=0.0, batch_first=True, norm_first=norm_first)
+    module.embedding = torch.nn.Embedding(size, D)
+    places = torch.tensor(sinusoids(S, D), dtype=getattr(torch, dtype))
+    hidden = torch.tensor(~mask)
 
-    def embedded(x):
-        return embedding[torch.tensor(x)] * D**0.5 + places[: x.shape[1]]
+    def logits(twin):
+        source, target = (
+            twin.embedding(torch.tensor(x)) * D**0.5 + places[: x.shape[1]] for x in tokens.values()
+        )
+        future = torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1)
+        masks = {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden}
+        return twin(source, target, tgt_mask=future, **masks) @ twin.embedding.weight.T
 
-    out = twin(
-        embedded(tokens["source"]),
-        embedded(tokens["target"]),
-        tgt_mask=torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1),
-        src_key_padding_mask=torch.tensor(~mask),
-        memory_key_padding_mask=torch.tensor(~mask),
+    compare(
+        lambda params: model.apply({"params": params}, tokens, mask={"source": jnp.asarray(mask)}),
+        module,
+        table,
+        params,
+        (),
+        logits,
+        dtype,
     )
-    ours = model.apply({"params": params}, tokens, mask={"source": jnp.asarray(mask)})
-    assert_as_good(ours, out @ embedding.T, 1e-9)
