@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.extend.core import get_opaque_trace_state
 
 from jaxnets import errors
 from jaxnets.data import take
@@ -217,15 +218,20 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
 
 
 def _recording(function: Any, rates: list[float]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What gives the outputs of all Linen modules while function(batch) runs; it adds dropout rates."""
+    """What gives the outputs of Linen modules while function(batch) runs; it adds dropout rates.
+
+    Those within a loop of JAX's can't leave it, and are left out.
+    """
 
     def run(batch: Mapping[str, Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
+        outside = get_opaque_trace_state()
 
         def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out  # of a recurrent layer, beside its state
-            if context.method_name == "__call__" and isinstance(first, jax.Array):
+            is_outside = get_opaque_trace_state() == outside
+            if context.method_name == "__call__" and is_outside and isinstance(first, jax.Array):
                 _add(seen, "/".join(context.module.path), first)
                 if isinstance(context.module, Dropout) and context.module.rate:
                     rates.append(float(context.module.rate))
