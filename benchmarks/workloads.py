@@ -64,6 +64,7 @@ _TRANSFORMER = {
         **{"clip_norm": None, "ema_decay": None},
     },
 }
+_ATTENTION_RNN = {**_TRANSFORMER, "fields": {**_TRANSFORMER["fields"], "hidden": 256}}
 
 WORKLOADS = {
     workload.name: workload
@@ -90,6 +91,7 @@ WORKLOADS = {
         Workload("lstm-1-inference", "lstm_classifier", 1, "inference", 1, **_LSTM),
         Workload("lstm-128-inference", "lstm_classifier", 128, "inference", 1, **_LSTM),
         Workload("transformer-128", "transformer", 128, parity_steps=3, **_TRANSFORMER),
+        Workload("attention-rnn-64", "attention_rnn", 64, parity_steps=3, **_ATTENTION_RNN),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),
