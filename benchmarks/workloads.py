@@ -37,6 +37,9 @@ _RATINGS = {"module": "experiments.movielens", "dataset": "generated-1m", "parit
 _PENALTY = {"schedule": "constant", "penalty": 0.05, "bias_penalty": 0.05}
 _ROWS = {"fields": {**_PENALTY, "update_rows": True, "optimizer": "lazy_adam"}, **_RATINGS}
 _TABLES = {"fields": _PENALTY, **_RATINGS}
+# Of films that were rated and sampled ones, as in the presets tutorial, neumf and two-tower.
+_BCE = {"fields": {"schedule": "constant", "loss": "bce"}, **_RATINGS}
+_SOFTMAX = {"fields": {"schedule": "constant", "loss": "softmax", "num_negatives": 16}, **_RATINGS}
 _SHAKESPEARE = "experiments.shakespeare"
 # What PyTorch's reference has, too: no schedule and no clipping.
 _PLAIN = {"dataset": "random_text", "schedule": "constant", "warmup": 0.0, "clip_norm": None}
@@ -61,6 +64,7 @@ _TRANSFORMER = {
         **{"clip_norm": None, "ema_decay": None},
     },
 }
+_ATTENTION_RNN = {**_TRANSFORMER, "fields": {**_TRANSFORMER["fields"], "hidden": 256}}
 
 WORKLOADS = {
     workload.name: workload
@@ -76,6 +80,9 @@ WORKLOADS = {
         Workload("factorization-dense-16384", "matrix_factorization", 16384, **_TABLES),
         Workload("factorization-1-inference", "matrix_factorization", 1, "inference", **_TABLES),
         Workload("factorization-128-inference", "matrix_factorization", 128, "inference", **_TABLES),
+        Workload("embedding-dot-1024", "embedding_dot", 1024, **_BCE),
+        Workload("neumf-1024", "neumf", 1024, **_BCE),
+        Workload("two-tower-1024", "two_tower", 1024, **_SOFTMAX),
         Workload("gpt-16", "gpt", 16, parity_steps=3, fields=_GPT, module=_SHAKESPEARE),
         Workload("nanogpt-12", "gpt", 12, parity_steps=3, fields=_NANOGPT, module=_SHAKESPEARE),
         Workload("gpt-1-inference", "gpt", 1, "inference", 1, fields=_GPT, module=_SHAKESPEARE),
@@ -84,6 +91,7 @@ WORKLOADS = {
         Workload("lstm-1-inference", "lstm_classifier", 1, "inference", 1, **_LSTM),
         Workload("lstm-128-inference", "lstm_classifier", 128, "inference", 1, **_LSTM),
         Workload("transformer-128", "transformer", 128, parity_steps=3, **_TRANSFORMER),
+        Workload("attention-rnn-64", "attention_rnn", 64, parity_steps=3, **_ATTENTION_RNN),
         Workload("lenet-1-inference", "lenet", 1, "inference", 3, fields=_SMALL_STEPS),
         Workload("lenet-128-inference", "lenet", 128, "inference", 3, fields=_SMALL_STEPS),
         Workload("resnet18-1-inference", "resnet18", 1, "inference", 1, fields=_SMALL_STEPS),

@@ -195,6 +195,8 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
             "num_users": data.num_users,
             "num_items": data.num_items,
             "mean": mean,
+            "sampling_key": jax.random.key_data(jax.random.key(config.seed)).reshape(-1).tolist(),
+            "num_tries": _TRIES,
             **{name: getattr(config, name) for name in _KNOWN_THERE},
             # It refuses these.
             **{
@@ -208,7 +210,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
 
 _KNOWN_THERE = (
     *("model", "loss", "width", "penalty", "bias_penalty", "update_rows", "optimizer"),
-    *("learning_rate", "weight_decay", "dtype"),
+    *("learning_rate", "weight_decay", "dtype", "num_negatives"),
 )
 _ONLY_HERE = ("schedule", "warmup", "ema_decay")
 

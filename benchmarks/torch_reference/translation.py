@@ -1,4 +1,4 @@
-"""The transformer that translates in PyTorch: its own encoder and decoder layers, one tied embedding.
+"""The references of translation; the transformer is of PyTorch's own layers, with one tied embedding.
 
 Written for speed as well: attention is PyTorch's fused one, with booleans for padding and for what comes
 later.
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.torch_reference import attention_rnn
 from benchmarks.torch_reference.parts import adamw, make_resident, take
 from jaxnets import errors
 from jaxnets.data.subwords import BEGIN, PAD
 from jaxnets.interop import module_tables
 from jaxnets.interop.reference import Reference
+from jaxnets.interop.weights import Table
 
 
 class Translator(nn.Module):
@@ -97,13 +99,13 @@ def reference(
     """Build the reference.
 
     Args:
-        model: transformer.
+        model: transformer or attention_rnn, which takes no layers and heads.
         vocabulary_size: V, of both sides together.
         max_length: the longest sentence that it takes.
         num_layers: of encoder and decoder each.
         num_heads: N.
         width: D.
-        hidden: F.
+        hidden: F, or H of the RNN's states.
         dropout_rate: probability of dropping an element.
         label_smoothing: probability taken from the right token.
         optimizer: adamw.
@@ -117,16 +119,15 @@ def reference(
         ConfigError: if it has no such model, optimizer or dtype, or there are other parts.
     """
     for name, given, known in (
-        ("model", model, "transformer"),
-        ("optimizer", optimizer, "adamw"),
-        ("dtype", dtype, "float32"),
+        ("model", model, ("transformer", "attention_rnn")),
+        ("optimizer", optimizer, ("adamw",)),
+        ("dtype", dtype, ("float32",)),
     ):
-        if given != known:
-            raise errors.unknown(f"{name} of the PyTorch reference", given, (known,))
+        if given not in known:
+            raise errors.unknown(f"{name} of the PyTorch reference", given, known)
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise errors.ConfigError(f"the PyTorch reference does not have {flags}; leave it out")
-    sizes = (vocabulary_size, max_length, num_layers, num_heads, width, hidden, dropout_rate)
 
     def predict_fn(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["source"], batch["target"])
@@ -141,17 +142,28 @@ def reference(
         adamw, learning_rate=learning_rate, weight_decay=weight_decay, betas=(momentum, 0.999)
     )
 
-    stack: Any = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
+    if model == "transformer":
+        sizes = (vocabulary_size, max_length, num_layers, num_heads, width, hidden, dropout_rate)
+        make_model, weights = partial(Translator, *sizes), _table(num_layers, num_heads, width)
+    else:
+        sizes = (vocabulary_size, width, hidden, dropout_rate)
+        make_model, weights = partial(attention_rnn.AttentionRNN, *sizes), attention_rnn.table()
     return Reference(
-        make_model=lambda: Translator(*sizes),
+        make_model=make_model,
         loss_fn=loss_fn,
         predict_fn=predict_fn,
         make_optimizer=make_optimizer,
         make_resident=make_resident,
         take=take,
-        weights=(
-            *module_tables.embedding("embedding", "embedding"),
-            *module_tables.encoder("encoder", "encoder", use_final_norm=True, **stack),
-            *module_tables.decoder("decoder", "decoder", use_final_norm=True, **stack),
-        ),
+        weights=weights,
+    )
+
+
+def _table(num_layers: int, num_heads: int, width: int) -> Table:
+    """The map of the transformer's weights."""
+    stack: Any = {"num_layers": num_layers, "width": width, "num_heads": num_heads}
+    return (
+        *module_tables.embedding("embedding", "embedding"),
+        *module_tables.encoder("encoder", "encoder", use_final_norm=True, **stack),
+        *module_tables.decoder("decoder", "decoder", use_final_norm=True, **stack),
     )

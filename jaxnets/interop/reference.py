@@ -5,6 +5,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxnets import errors, registry
 from jaxnets.interop.weights import Table
 
@@ -22,6 +24,8 @@ class Reference:
             `{name: [N, ...]}` as PyTorch likes it best in memory.
         take: `take(resident, index, channels_last=...) -> batch`, the rows of a draw.
         weights: the map of the weights.
+        takes_position: whether it is `take(resident, index, position, channels_last=...)`, where what
+            is drawn belongs to a row's place in the run, such as sampled negatives.
     """
 
     make_model: Callable[[], Any]
@@ -31,6 +35,12 @@ class Reference:
     make_resident: Callable[..., Mapping[str, Any]]
     take: Callable[..., Mapping[str, Any]]
     weights: Table
+    takes_position: bool = False
+
+    def places(self, draw: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        """What `take` gets of a draw, int64 `[B]` each."""
+        names = ("index", "position") if self.takes_position else ("index",)
+        return tuple(draw[name].astype(np.int64) for name in names)
 
 
 def require_torch() -> None:

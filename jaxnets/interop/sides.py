@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.extend.core import get_opaque_trace_state
 
 from jaxnets import errors
 from jaxnets.data import take
@@ -89,6 +90,7 @@ def run_jax(
         lambda updates, state, params=None: (updates, updates),
     )
     tx = optax.chain(keep_grads, recipe.tx)
+    predict_fn = recipe.predict_fn or recipe.eval_fn
     with (
         without_dropout(),
         jax.enable_x64(dtype == "float64"),
@@ -121,7 +123,7 @@ def run_jax(
             if i in (0, len(draws) - 1):
                 snapshots.append(flatten(jax.device_get({"params": state.params, **state.model_state})))
         eval_outputs, _ = _layer_outputs(
-            lambda batch: recipe.eval_fn(state.params, state.model_state, batch), first
+            lambda batch: predict_fn(state.params, state.model_state, batch), first
         )
     after_one, after_all = snapshots[0], snapshots[-1]
     return Record(outputs, eval_outputs, losses, grads, after_one, after_all, rates)
@@ -146,19 +148,16 @@ def run_torch(
             rates += [rate] if (rate := float(getattr(*place))) else []
             setattr(*place, 0.0)
         optimizer = reference.make_optimizer(model.parameters())
-        rows = {name: np.take(x, draws[0]["index"], axis=0) for name, x in arrays.items()}
-        resident = reference.make_resident(rows)
-        first = reference.take(resident, torch.arange(len(draws[0]["index"])))
+        batch_of = _batch_maker(reference, arrays)
+        first = batch_of(draws[0])
         with _torch_outputs(model, reference) as outputs, torch.no_grad():
             copy = {name: x.clone() for name, x in model.state_dict().items()}
             reference.loss_fn(model.train(), first)
             model.load_state_dict(copy)  # the running statistics have moved
         losses, snapshots, grads = [], [], {}
         for i, draw in enumerate(draws):
-            rows = {name: np.take(x, draw["index"], axis=0) for name, x in arrays.items()}
-            batch = reference.take(reference.make_resident(rows), torch.arange(len(draw["index"])))
             optimizer.zero_grad(set_to_none=True)
-            loss = reference.loss_fn(model, batch)
+            loss = reference.loss_fn(model, batch_of(draw))
             loss.backward()
             if i == 0:
                 grad = {name: p.grad for name, p in model.named_parameters()}
@@ -172,9 +171,24 @@ def run_torch(
                 found = {name: x.numpy().copy() for name, x in model.state_dict().items()}
                 snapshots.append(flatten(to_linen(reference.weights, found)))
         with _torch_outputs(model, reference) as eval_outputs, torch.no_grad():
-            reference.loss_fn(model.eval(), first)
+            reference.predict_fn(model.eval(), first)
     after_one, after_all = snapshots[0], snapshots[-1]
     return Record(outputs, eval_outputs, losses, grads, after_one, after_all, sorted(rates))
+
+
+def _batch_maker(reference: Reference, arrays: Mapping[str, np.ndarray]) -> Callable[[Any], Any]:
+    """`batch_of(draw)` in PyTorch; only what is sampled may need more of the set than a draw's rows."""
+    import torch
+
+    whole = reference.make_resident(arrays) if reference.takes_position else {}
+
+    def batch_of(draw: Mapping[str, Any]) -> Any:
+        if whole:
+            return reference.take(whole, *map(torch.from_numpy, reference.places(draw)))
+        rows = {name: np.take(x, draw["index"], axis=0) for name, x in arrays.items()}
+        return reference.take(reference.make_resident(rows), torch.arange(len(draw["index"])))
+
+    return batch_of
 
 
 def load_weights(model: Any, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -204,15 +218,20 @@ def _layer_outputs(function: Any, batch: Mapping[str, Any]) -> tuple[Arrays, lis
 
 
 def _recording(function: Any, rates: list[float]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What gives the outputs of all Linen modules while function(batch) runs; it adds dropout rates."""
+    """What gives the outputs of Linen modules while function(batch) runs; it adds dropout rates.
+
+    Those within a loop of JAX's can't leave it, and are left out.
+    """
 
     def run(batch: Mapping[str, Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
+        outside = get_opaque_trace_state()
 
         def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out  # of a recurrent layer, beside its state
-            if context.method_name == "__call__" and isinstance(first, jax.Array):
+            is_outside = get_opaque_trace_state() == outside
+            if context.method_name == "__call__" and is_outside and isinstance(first, jax.Array):
                 _add(seen, "/".join(context.module.path), first)
                 if isinstance(context.module, Dropout) and context.module.rate:
                     rates.append(float(context.module.rate))

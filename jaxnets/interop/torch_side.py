@@ -98,21 +98,21 @@ class TorchSide:
     def _compute(
         self,
         resident: Mapping[str, Any],
-        index: Any,
+        places: tuple[Any, ...],
         model: Any,
         reference: Reference | None = None,
     ) -> Any:
         """The loss of the rows, or their logits."""
         reference = reference or self.reference
-        batch = reference.take(resident, index, channels_last=self.channels_last)
+        batch = reference.take(resident, *places, channels_last=self.channels_last)
         function = reference.loss_fn if self.is_training else reference.predict_fn
         return function(model, batch)
 
-    def _index(self, i: int) -> Any:
+    def _places(self, i: int) -> tuple[Any, ...]:
         import torch
 
-        index = torch.from_numpy(self.batches[i]["index"].astype(np.int64))
-        return index.to(self.device, non_blocking=True)
+        places = map(torch.from_numpy, self.reference.places(self.batches[i]))
+        return tuple(x.to(self.device, non_blocking=True) for x in places)
 
     def check(self) -> dict[str, Any]:
         """Compare with plain eager PyTorch, dropout off on both: gradients, or logits.
@@ -128,9 +128,9 @@ class TorchSide:
         worst = {"parameter": "", "off_by": 0.0}
         with _without_dropout(self.model, plain):
             for i in range(NUM_CHECKS):
-                index = self._index(i)
-                expected = self._values(self._compute, index, plain)
-                found = self._values(self.compute, index, self.model)
+                places = self._places(i)
+                expected = self._values(self._compute, places, plain)
+                found = self._values(self.compute, places, self.model)
                 for name, error in distances(found, expected).items():
                     if _large(error) > worst["off_by"]:
                         worst = {"parameter": name, "off_by": _large(error)}
@@ -153,10 +153,10 @@ class TorchSide:
         rounding = []
         with _without_dropout(plain, exact):
             for i in range(NUM_CHECKS):
-                index = self._index(i)
-                rough = self._values(self._compute, index, plain)
+                places = self._places(i)
+                rough = self._values(self._compute, places, plain)
                 with _default_dtype("float64"):
-                    truth = self._values(partial(self._compute, reference=reference), index, exact)
+                    truth = self._values(partial(self._compute, reference=reference), places, exact)
                 rounding += distances(rough, truth).values()
         return {"bound": allowed(CHECK_BOUND, rounding)}
 
@@ -165,15 +165,17 @@ class TorchSide:
 
         return copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
 
-    def _values(self, compute: Callable[..., Any], index: Any, model: Any) -> dict[str, np.ndarray]:
+    def _values(
+        self, compute: Callable[..., Any], places: tuple[Any, ...], model: Any
+    ) -> dict[str, np.ndarray]:
         """What is compared: the gradients by parameter, or the logits."""
         import torch
 
         if not self.is_training:
             with torch.inference_mode():
-                return {"the logits": compute(self.resident, index, model).cpu().numpy().copy()}
+                return {"the logits": compute(self.resident, places, model).cpu().numpy().copy()}
         model.zero_grad(set_to_none=True)
-        compute(self.resident, index, model).backward()
+        compute(self.resident, places, model).backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         dense = {name: x.to_dense() if x.is_sparse else x for name, x in grads.items()}
         return {name: x.cpu().numpy().copy() for name, x in dense.items()}
@@ -192,12 +194,12 @@ class TorchSide:
     def _step(self, i: int) -> Any:
         import torch
 
-        index = self._index(i)
+        places = self._places(i)
         if self.optimizer is None:
             with torch.inference_mode():
-                return self.compute(self.resident, index, self.model)
+                return self.compute(self.resident, places, self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.compute(self.resident, index, self.model)
+        loss = self.compute(self.resident, places, self.model)
         loss.backward()
         self.optimizer.step()
         return loss

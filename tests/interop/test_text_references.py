@@ -17,7 +17,11 @@ TRANSFORMER = {
     "dropout": 0.0, "schedule": "constant", "warmup": 0.0, "clip_norm": None, "ema_decay": None,
     "weight_decay": 0.01,
 }  # fmt: skip
-CASES = {"lstm": (imdb_sentiment, LSTM), "transformer": (multi30k, TRANSFORMER)}
+CASES = {
+    "lstm": (imdb_sentiment, LSTM),
+    "transformer": (multi30k, TRANSFORMER),
+    "attention_rnn": (multi30k, {**TRANSFORMER, "model": "attention_rnn"}),
+}
 
 
 def recipe_of(name, **changes):
@@ -48,7 +52,7 @@ def test_three_steps_are_the_same(name):
         ("lstm", {"dtype": "bfloat16"}, "unknown dtype of the PyTorch reference"),
         ("lstm", {"optimizer": "lion"}, "unknown PyTorch optimizer"),
         ("lstm", {"schedule": "cosine"}, "does not have --schedule"),
-        ("transformer", {"model": "attention_rnn"}, "unknown model of the PyTorch reference"),
+        ("attention_rnn", {"dtype": "bfloat16"}, "unknown dtype of the PyTorch reference"),
         ("transformer", {"optimizer": "adam"}, "unknown optimizer of the PyTorch reference"),
         ("transformer", {"dtype": "bfloat16"}, "unknown dtype of the PyTorch reference"),
         ("transformer", {"clip_norm": 1.0}, "does not have --clip-norm"),
