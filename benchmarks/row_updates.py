@@ -109,9 +109,9 @@ def with_torch(num_rows: int, options: Options) -> Callable[[int], None]:
     """The same in PyTorch."""
     import torch
 
-    from benchmarks.torch_reference import recommender
+    from benchmarks.torch_reference.recommender_models import MatrixFactorization
 
-    model = recommender.MatrixFactorization(NUM_USERS, num_rows, options.width, 3.0, True)
+    model = MatrixFactorization(NUM_USERS, num_rows, is_sparse=True, width=options.width, mean=3.0)
     torch.sparse.check_sparse_tensor_invariants.disable()
     optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.01)
     batches = [

@@ -79,6 +79,11 @@ class Config:
 def make_recipe(config: Config, options: RunOptions) -> Recipe:
     _check(config)
     kind = "row_optimizer" if config.update_rows else "optimizer"
+    of_rows = registry.names("row_optimizer")
+    if config.update_rows and config.optimizer not in of_rows:
+        raise errors.ConfigError(
+            f"--update-rows needs an --optimizer of rows: {', '.join(of_rows)}, not {config.optimizer}"
+        )
     optimizer = registry.get(kind, config.optimizer)
     data = load_ratings(config.dataset, data_dir=options.data_dir, verify=options.verify)
     is_explicit = config.loss == "squared_error"

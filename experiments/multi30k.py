@@ -158,6 +158,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         learning_rate=schedule,
         monitor="loss",
         maximize=False,
+        test_name="validation",
         rules=_RULES.get(config.model),
         lengths=data.Lengths(train_lengths, test_lengths, buckets),
         assets={translation.SUBWORDS: subwords.to_bytes()},
@@ -213,17 +214,18 @@ def _arrays(subwords: Subwords, pairs: data.Pairs, max_length: int, *, cut: bool
             ("source", "target"), (pairs.source, pairs.target), pairs.places, strict=True
         )
     }
+    fits = [max(map(len, both)) <= max_length for both in zip(*sides.values(), strict=True)]
+    if not cut and not any(fits):
+        raise errors.DataError(f"no pair of sentences has at most {max_length} tokens a side")
+    if not all(fits):
+        what = "pairs in validation are cut" if cut else "pairs are left out of training"
+        warnings.warn(
+            f"{fits.count(False):,} of {len(fits):,} {what}: a side has more than {max_length} tokens "
+            "(--max-length)",
+            UserWarning,
+            stacklevel=2,
+        )
     if not cut:
-        fits = [max(map(len, both)) <= max_length for both in zip(*sides.values(), strict=True)]
-        if not any(fits):
-            raise errors.DataError(f"no pair of sentences has at most {max_length} tokens a side")
-        if not all(fits):
-            warnings.warn(
-                f"{fits.count(False):,} of {len(fits):,} pairs of sentences have more than {max_length} "
-                "tokens on a side and aren't trained on (--max-length)",
-                UserWarning,
-                stacklevel=2,
-            )
         sides = {
             name: [row for row, ok in zip(rows, fits, strict=True) if ok] for name, rows in sides.items()
         }

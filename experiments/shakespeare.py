@@ -70,8 +70,11 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
     tokenizer = data.make_tokenizer(
         config.tokens, text.text, train=train_text, size=config.vocabulary_size
     )
-    windows = data.Windows(tokenizer.encode(train_text), config.context + 1)
-    test = data.cut_into_windows(tokenizer.encode(test_text), config.context)
+    try:
+        windows = data.Windows(tokenizer.encode(train_text), config.context + 1)
+        test = data.cut_into_windows(tokenizer.encode(test_text), config.context)
+    except errors.DataError as error:
+        raise errors.DataError(f"{text.name}: {error}") from None
     num_positions = count_positions(
         len(windows), config.batch_size, epochs=config.epochs, steps=config.steps
     )
@@ -139,6 +142,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         learning_rate=schedule,
         monitor="loss",
         maximize=False,
+        test_name="validation",
         rules=make_rules(tokenizer.size),
         assets={writing.VOCABULARY: tokenizer.to_bytes()},
         torch_reference="benchmarks.torch_reference.gpt:reference",

@@ -106,7 +106,12 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     """
     # The wait of a user who typed the command began with the process.
     begun = startup.process_start() if argv is None else time.perf_counter()
-    status = _status(experiment, list(sys.argv[1:] if argv is None else argv), begun)
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if argv is None and words[:1] != ["train"] and is_default:
+        # At once, and without an exception, which JAX loses in its callbacks, or crashes behind.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    status = _status(experiment, words, begun)
     if status and hosts.count() > 1:
         watchdog.leave(status)
     return status
@@ -173,6 +178,9 @@ def _run(experiment: Experiment, argv: list[str], begun: float) -> int:
     if experiment.presets:
         about += f" --preset NAME takes other defaults: {', '.join(experiment.presets)}."
     parse = partial(parse_flags, words, prog=f"{prog} {command}", about=about)
+    named = {word.split("=")[0] for word in words}
+    if "--epochs" in named and "--steps" not in named and hasattr(default, "steps"):
+        default = dataclasses.replace(default, steps=None)  # which would count in their place
     config, options = parse(default)
     if command == "duel":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its workers share a GPU
@@ -279,8 +287,9 @@ def _train(
     pictures = "".join(f", {name}" for name in drawn if options.pictures)
     waited = result.get("seconds_to_first_step")
     print(
-        f"test {recipe.monitor} {evaluated[recipe.monitor]:.4f} on {evaluated['count']:,} examples "
-        f"after {result['epochs']:g} epochs; {result['train_seconds']:.1f} s of training, "
+        f"{recipe.test_name} {recipe.monitor} {evaluated[recipe.monitor]:.4f} on "
+        f"{evaluated['count']:,} examples after {result['epochs']:g} epochs; "
+        f"{result['train_seconds']:.1f} s of training, "
         f"{result['compile_seconds']:.1f} s of compilation"
         f"{f', first step after {waited:.1f} s' if waited else ''}\n"
         f"everything is in {folder}: result.json, curves.png{pictures}, metrics.csv, checkpoints, "

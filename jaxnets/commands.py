@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,6 +113,9 @@ def run_command(
         _check_encoding(word, f"text {i}")
     if (output := getattr(flags, "output", None)) is not None:
         check_output(output)  # before minutes of work, and not behind them
+        given = getattr(flags, "input", None)
+        if given is not None and given.exists() and output.exists() and given.samefile(output):
+            raise errors.ConfigError(f"--output {output} is the file of --input, which it would replace")
     for file in options.plugin:
         registry.load_file(file)
     keep_freed_memory()
@@ -152,7 +156,7 @@ def read_texts(words: Sequence[str], path: Path | None, *, example: str) -> tupl
 
     Args:
         words: from the command line.
-        path: a file with a text on each line, in their place.
+        path: a file with a text on each line, in their place; "-" is standard input.
         example: of the command, for the message.
 
     Returns:
@@ -164,7 +168,7 @@ def read_texts(words: Sequence[str], path: Path | None, *, example: str) -> tupl
     """
     if bool(words) == (path is not None):
         raise errors.ConfigError(f"give either texts, as {example}, or --input FILE")
-    texts = list(words) if path is None else read_lines(path)
+    texts = list(words) if path is None else read_lines(Path("/dev/stdin") if str(path) == "-" else path)
     places = [f"text {i:,}" if path is None else f"{path}, line {i:,}" for i in range(1, len(texts) + 1)]
     if not texts:
         raise errors.DataError(f"{path} is empty")
@@ -180,12 +184,16 @@ def check_output(path: Path) -> None:
     Raises:
         ConfigError: if not.
     """
+    if str(path) == "-":
+        raise errors.ConfigError("--output names a file: leave it out to write to the terminal")
     if path.is_dir():
         raise errors.ConfigError(f"{path} is a folder, not a file to write to")
     if path.exists() and not path.is_file():
         raise errors.ConfigError(f"{path} is no regular file, which is what the outcome is written to")
     if not path.parent.is_dir():
         raise errors.ConfigError(f"{path} can't be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise errors.ConfigError(f"{path} can't be written: {path.parent} can't be written to")
 
 
 def write_output(path: Path, content: str, what: str) -> None:

@@ -50,6 +50,7 @@ class Recipe:
             does not set the optimizer's.
         monitor: the metric of evaluation by which the best checkpoint is chosen.
         maximize: whether a greater value of it is better.
+        test_name: what the examples of `test` are called in messages, such as "validation".
         lengths: of the examples' sequences, so that batches are of like length and little of them is
             padding; None where all have the same shape anyway.
         assets: files that belong to the model, such as its vocabulary, kept in the run's folder.
@@ -90,6 +91,7 @@ class Recipe:
     learning_rate: Callable[[int], Any] | None = None
     monitor: str = "accuracy"
     maximize: bool = True
+    test_name: str = "test"
     lengths: "Lengths | None" = None
     assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     stages: "Sequence[tuple[int, LossFn]]" = ()

@@ -48,6 +48,20 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+def test_epochs_count_where_steps_are_only_a_default(tmp_path, monkeypatch):
+    """Of the experiment; both given, the steps do."""
+    seen = []
+
+    def noted(config, options):
+        seen.append((config.epochs, config.steps))
+        raise errors.ConfigError("enough")
+
+    experiment = dataclasses.replace(shakespeare.EXPERIMENT, make_recipe=noted)
+    for words in ([], ["--epochs", "2"], ["--epochs=2"], ["--epochs", "2", "--steps", "5"]):
+        assert cli.main(experiment, ["train", *words, "--run-dir", str(tmp_path)]) == 2
+    assert seen == [(1.0, 300), (2.0, None), (2.0, None), (2.0, 5)]
+
+
 def test_a_run_goes_on_exactly(trained, tmp_path, monkeypatch, capsys):
     def interrupt(self, step, state, metrics):
         if step == 5:

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import multi30k
 from jaxnets import cli, errors, translation
+from jaxnets.config import RunOptions
 from jaxnets.data.subwords import END, Subwords
 from jaxnets.models import Transformer
 from jaxnets.translation import Translator, best_hypotheses
@@ -68,7 +69,7 @@ def test_what_it_looks_at(translator):
 
 
 def test_texts_that_can_not_be(translator):
-    with pytest.raises(errors.DataError, match=r"^text, line 2: an empty text can't be encoded"):
+    with pytest.raises(errors.DataError, match=r"^text 2: an empty text can't be encoded"):
         translator.translate(["gut", " "])
     with pytest.raises(errors.DataError, match=r"^text: 41 tokens; this model takes at most 32"):
         translator.translate(["日" * 13])
@@ -171,6 +172,23 @@ def test_another_vocabulary_in_the_folder(run_dir, capsys):
         assert "is not the one that the run was trained with" in capsys.readouterr().err
     finally:
         path.write_bytes(kept)
+
+
+def test_pairs_that_are_too_long_are_counted(tmp_path):
+    """Left out of training, cut in validation."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for part, lengths in (("train", (3, 90, 2, 5)), ("val", (90, 2)), ("test", (1,))):
+        for language in ("de", "en"):
+            (folder / f"{part}.{language}").write_text("".join("a b " * n + "\n" for n in lengths))
+    config = multi30k.Config(dataset="mine", max_length=20, batch_size=2, vocabulary_size=256 + 8)
+    with pytest.warns(UserWarning, match="pairs") as said:
+        recipe = multi30k.make_recipe(config, RunOptions(data_dir=tmp_path))
+    first, second = (str(warning.message) for warning in said)
+    assert first.startswith("1 of 4 pairs are left out of training: a side has more than 20 tokens")
+    assert second.startswith("1 of 2 pairs in validation are cut")
+    assert (len(recipe.train["source"]), len(recipe.test["source"])) == (3, 2)
+    assert recipe.test["source"].shape[1] == 20
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,9 @@ class WeightedNaiveBayes(nn.Module):
         ratio = self.variable("statistics", "ratio", jnp.zeros, shape, jnp.float32)
         weight = self.param("weight", nn.initializers.constant(self.scale), shape[:1], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
-        is_padded = mask is not None and mask.ndim == 2
-        if is_padded:
-            tokens = jnp.where(mask, tokens, 0)
-        weight_BT = embed(weight[:, None], tokens)[..., 0]
-        if is_padded:
-            weight_BT = jnp.where(mask, weight_BT, 0)
+        there = mask if mask is not None and mask.ndim == 2 else jnp.ones(tokens.shape, bool)
+        tokens = jnp.where(there, tokens, 0)
+        weight_BT = jnp.where(there, embed(weight[:, None], tokens)[..., 0], 0)
         return jnp.einsum("BT,BTC->BC", weight_BT, embed(ratio.value, tokens)) + bias[None]
 
 

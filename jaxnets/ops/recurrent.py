@@ -13,6 +13,7 @@ end, changes no number, in both directions of time.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,12 @@ def lstm(
         and c. The gradient is a rule of its own; forward mode (`jax.jvp`) takes `ops.plain()`.
     """
     dtype = jnp.promote_types(gates.dtype, kernel.dtype)
-    gates, *start = (x.astype(_wide(dtype)) for x in (gates, h, c))
-    args = gates, kernel.astype(dtype), *start, mask, _constant(keep), reverse
-    y_TBH, *end = _lstm_loop(*args)[:3] if is_plain() else _lstm(*args)
-    return y_TBH.astype(dtype), end[0].astype(h.dtype), end[1].astype(c.dtype)
+    wide = _wide(dtype)
+    start = h.astype(wide), c.astype(wide)
+    args = gates.astype(wide), kernel.astype(dtype), *start, mask, _constant(keep), reverse
+    found: Any = _lstm_loop(*args) if is_plain() else _lstm(*args)
+    y_TBH, last_h, last_c, *_ = found
+    return y_TBH.astype(dtype), last_h.astype(h.dtype), last_c.astype(c.dtype)
 
 
 def _wide(dtype: DTypeLike) -> DTypeLike:
@@ -281,10 +284,12 @@ def gru(
         derivatives the same holds as for `lstm`.
     """
     dtype = jnp.promote_types(gates.dtype, kernel.dtype)
-    gates, bias, start = (x.astype(_wide(dtype)) for x in (gates, bias, h))
-    args = gates, kernel.astype(dtype), bias, start, mask, _constant(keep), reverse
-    y_TBH, end = _gru_loop(*args)[:2] if is_plain() else _gru(*args)
-    return y_TBH.astype(dtype), end.astype(h.dtype)
+    wide = _wide(dtype)
+    arrays = gates.astype(wide), kernel.astype(dtype), bias.astype(wide), h.astype(wide)
+    args = *arrays, mask, _constant(keep), reverse
+    found: Any = _gru_loop(*args) if is_plain() else _gru(*args)
+    y_TBH, last, *_ = found
+    return y_TBH.astype(dtype), last.astype(h.dtype)
 
 
 def _gru_loop(gates, kernel, bias, h, mask, keep, reverse):

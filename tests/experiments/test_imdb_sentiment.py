@@ -1,11 +1,20 @@
 import csv
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from experiments import imdb_sentiment
-from jaxnets import cli
+from jaxnets import cli, models, train
+from jaxnets.train.mesh import make_mesh
 
 SMALL = ["--width", "8", "--hidden", "8", "--max-length", "40", "--buckets", "20", "--batch-size", "64"]
 
@@ -132,6 +141,10 @@ def test_what_is_refused(trained, tmp_path, capsys, monkeypatch):
     found = refusal(capsys, "predict", "--input", str(tmp_path / "bad.txt"), *place)
     assert found.endswith("bad.txt, line 2: not UTF-8 (byte 0xff at 0)")
     assert "is not the folder of a run" in refusal(capsys, "predict", "a", "--run-dir", str(tmp_path))
+    (tmp_path / "texts.txt").write_text("fine\n")
+    same = ["--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "texts.txt")]
+    assert "is the file of --input" in refusal(capsys, "predict", *same, *place)
+    assert "leave it out" in refusal(capsys, "predict", "good", "--output", "-", *place)
     monkeypatch.chdir(tmp_path)
     found = refusal(capsys, "predict", "a", "--preset", "better")
     assert "there is no run in runs/imdb_sentiment-better yet: first python -m" in found
@@ -165,6 +178,44 @@ def test_a_run_goes_on_only_with_its_own_vocabulary(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(imdb_sentiment.texts, "load_texts", changed)
     capsys.readouterr()
     assert "was trained with another words.json" in refusal(capsys, "train", *place, "--steps", "4")
+
+
+def test_a_vocabulary_that_does_not_split_stays_whole():
+    """44 words over eight devices; a vocabulary that does split is cut."""
+    for size, spec in ((44, P(None, "fsdp")), (48, P("tensor", "fsdp"))):
+        model = models.lstm_classifier(size, width=8, hidden=8)
+        init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, 3), jnp.int32))
+        params, _ = jax.eval_shape(init_fn, jax.random.key(0))
+        mesh = make_mesh(sizes={"tensor": 8})
+        found = train.shard_by_rules(params, imdb_sentiment.make_rules(size), mesh)
+        assert found["embedding"]["embedding"].spec == spec
+
+
+def test_texts_through_a_pipe(trained):
+    words = ["predict", "--input", "-", "--run-dir", str(trained)]
+    command = [sys.executable, "-m", "experiments.imdb_sentiment", *words]
+    found = subprocess.run(command, input="what a dull ending\n", capture_output=True, text=True)
+    assert (found.returncode, found.stdout.split()[0]) == (0, "neg"), found.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="how it is seen is Linux's")
+def test_a_command_ends_at_once_on_ctrl_c(trained):
+    """By the signal itself: an exception could be lost in JAX, or crash it."""
+    words = ["predict", "--input", "-", "--run-dir", str(trained)]
+    command = [sys.executable, "-m", "experiments.imdb_sentiment", *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def handles():
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            (mask,) = (line.split()[1] for line in lines if line.startswith("SigCgt"))
+            return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
+
+        for is_python_up in (True, False):
+            while handles() != is_python_up:
+                time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == -signal.SIGINT
+        assert process.stderr.read() == b""
 
 
 def test_help_names_the_command(capsys):
