@@ -71,7 +71,7 @@ def test_what_it_looks_at(translator):
 def test_texts_that_can_not_be(translator):
     with pytest.raises(errors.DataError, match=r"^text 2: an empty text can't be encoded"):
         translator.translate(["gut", " "])
-    with pytest.raises(errors.DataError, match=r"^text: 41 tokens; this model takes at most 32"):
+    with pytest.raises(errors.DataError, match=r"^text 1: 41 tokens; this model takes at most 32"):
         translator.translate(["日" * 13])
     with pytest.raises(errors.DataError, match=r"^a\.txt, line 1: 41 tokens"):
         translator.translate(["日" * 13], places=["a.txt, line 1"])
