@@ -84,16 +84,20 @@ class NeuMF(nn.Module):
         self.head = nn.Linear(width + hidden[-1], 1)
 
     def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
-        """Logits `[...]` of users and items `[...]`."""
-        x = torch.cat([self.mlp_user(user), self.mlp_item(item)], -1)
-        for layer in self.dense:
-            x = F.relu(layer(x))
-        product = self.user(user) * self.item(item)
-        return self.head(torch.cat([product, x], -1))[..., 0]
+        """Logits `[B]`."""
+        return self._logits(self.user(user), self.mlp_user(user), item)
 
     def some_items(self, user: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, J]`."""
-        return self(user[:, None].expand_as(items), items)
+        """Logits `[B, J]`; the user's vectors are looked up once."""
+        return self._logits(self.user(user)[:, None], self.mlp_user(user)[:, None], items)
+
+    def _logits(self, of_user: torch.Tensor, mlp_user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        product = of_user * self.item(item)
+        mlp_item = self.mlp_item(item)
+        x = torch.cat([mlp_user.expand_as(mlp_item), mlp_item], -1)
+        for layer in self.dense:
+            x = F.relu(layer(x))
+        return self.head(torch.cat([product, x], -1))[..., 0]
 
     def table(self) -> Table:
         """The map of the weights."""

@@ -77,15 +77,20 @@ class NeuMF(nn.Module):
         """
         del train, rows, mask
         user, item = split_pairs(pairs)
-        product = self.user(user) * self.item(item)
-        x = jnp.concatenate([self.mlp_user(user), self.mlp_item(item)], axis=-1)
+        return self._logits(self.user(user), self.mlp_user(user), item)
+
+    def some_items(self, user: Array, items: Array) -> Array:
+        """Logits `[B, J]` of users `[B]` for items `[B, J]`; the user's vectors are looked up once."""
+        return self._logits(self.user(user)[:, None], self.mlp_user(user)[:, None], items)
+
+    def _logits(self, of_user: Array, mlp_user: Array, item: Array) -> Array:
+        """Logits `[...]` of items `[...]` for the vectors of their users."""
+        product = of_user * self.item(item)
+        mlp_item = self.mlp_item(item)
+        x = jnp.concatenate([jnp.broadcast_to(mlp_user, mlp_item.shape), mlp_item], axis=-1)
         for layer in self.dense:
             x = jax.nn.relu(layer(x))
         return self.head(jnp.concatenate([product, x], axis=-1))[..., 0]
-
-    def some_items(self, user: Array, items: Array) -> Array:
-        """Logits `[B, J]` of users `[B]` for items `[B, J]`."""
-        return self(jnp.stack([jnp.broadcast_to(user[:, None], items.shape), items], axis=-1))
 
     def all_items(self, user: Array) -> Array:
         """Logits of every item, `[B, I]`, for users `[B]`."""
