@@ -146,7 +146,7 @@ def test_what_commands_refuse(trained, tmp_path, capsys, words, expected):
         (["--penalty", "-1"], "penalty must be at least 0"),
         (["--width", "0"], "width must be at least 1"),
         (["--optimizer", "lazy_adam"], "unknown optimizer 'lazy_adam'"),
-        (["--update-rows"], "unknown row_optimizer 'adam'"),
+        (["--update-rows"], "needs an --optimizer of rows: adagrad, lazy_adam, sgd, not adam"),
         (["--dataset", "ml-10m"], "unknown ratings 'ml-10m'"),
         (["--official-folds"], "generated has no official folds"),
         ([*ROWS, "--ema-decay", "0.9"], "no moving average"),

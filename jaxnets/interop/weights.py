@@ -14,8 +14,8 @@ Every array on either side must have exactly one row, so nothing is left at its 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -200,7 +200,7 @@ def to_torch(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarray
     _check_names("Linen", linen, arrays)
     by_torch = _by_torch(table)
     given = ((row, np.asarray(arrays[row.linen])) for row in table if row.linen)
-    changed, state_dict = _each(Row.to_torch, given), {}
+    changed, state_dict = _each("to_torch", given), {}
     for name, rows in by_torch.items():
         parts = [changed[row.linen] for row in rows if row.linen]
         if len(rows) == 1:
@@ -228,7 +228,7 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     _check_unique("Linen", [row.linen for row in table if row.linen])
     variables: dict[str, Any] = {}
     given = ((row, as_array(state_dict[row.torch])) for row in table if row.linen)
-    for path, array in _each(Row.to_linen, given).items():
+    for path, array in _each("to_linen", given).items():
         *folders, name = path.split("/")
         place = variables
         for folder in folders:
@@ -238,13 +238,13 @@ def to_linen(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _each(
-    change: Callable[[Row, np.ndarray], np.ndarray], given: Iterable[tuple[Row, np.ndarray]]
+    change: Literal["to_torch", "to_linen"], given: Iterable[tuple[Row, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """What each array becomes, by its path in Linen; all that can't in one message."""
     changed, wrong = {}, []
     for row, array in given:
         try:
-            changed[row.linen] = change(row, array)
+            changed[row.linen] = getattr(row, change)(array)
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

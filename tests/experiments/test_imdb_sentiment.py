@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -201,8 +202,15 @@ def test_texts_through_a_pipe(trained):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="how it is seen is Linux's")
 def test_a_command_ends_at_once_on_ctrl_c(trained):
     """By the signal itself: an exception could be lost in JAX, or crash it."""
+    script = """
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
+        from experiments import imdb_sentiment
+        from jaxnets import cli
+        cli.main(imdb_sentiment.EXPERIMENT)
+    """
     words = ["predict", "--input", "-", "--run-dir", str(trained)]
-    command = [sys.executable, "-m", "experiments.imdb_sentiment", *words]
+    command = [sys.executable, "-c", textwrap.dedent(script), *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
 
         def handles():
