@@ -147,7 +147,7 @@ def _recommend(make_model, saved: SavedRun, words: Sequence[str], flags: Recomme
     for rank, (score, item) in enumerate(zip(best.tolist(), items.tolist(), strict=True), start=1):
         if np.isfinite(score):
             score = float(np.clip(score, *known.bounds)) if what == "stars" else score
-            print(f"{rank:>3}  {what} {score:5.2f}  {known.titles[item]} (movie {known.item_ids[item]})")
+            print(f"{rank:>3}  {what} {score:5.2f} {known.item_ids[item]:>7}  {known.titles[item]}")
 
 
 def _predict(make_model, saved: SavedRun, words: Sequence[str], flags: PredictFlags) -> None:

@@ -78,7 +78,7 @@ def test_by_default_it_trains_offline_and_learns(tmp_path, capsys):
     assert f"who has rated {len(seen)} films in training" in lines[0]
     stars = []
     for rank, line in enumerate(lines[1:], start=1):
-        found = re.fullmatch(r" *(\d+)  stars +(\d\.\d\d)  Generated film (\d+) \(movie \3\)", line)
+        found = re.fullmatch(r" *(\d+)  stars +(\d\.\d\d) +(\d+)  Generated film \3", line)
         assert found, line
         assert int(found[1]) == rank
         assert int(found[3]) - 1 not in seen

@@ -11,6 +11,7 @@ from jaxnets import cli
 from jaxnets.train import Checkpoints
 from jaxnets.train.stored_model import read_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* pairs are left out", "ignore:.* pairs in validation")
 _TEXTS = ("--width", "8", "--hidden", "8", "--max-length", "40", "--buckets", "20", "--batch-size", "16")
 _TEXTS = (*_TEXTS, "--vocabulary-size", "200")
 _PAIRS = ("--width", "8", "--hidden", "8", "--num-layers", "1", "--vocabulary-size", "300")
