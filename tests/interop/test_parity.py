@@ -235,6 +235,34 @@ def test_gradients_are_those_of_the_training_step():
             assert np.abs(grad).max() > 0
 
 
+def test_a_step_of_adam_counts_where_rounding_does_not_turn_its_gradient():
+    """Such an element's step is refused nowhere; that of another one is."""
+    from jaxnets.interop.sides import run_torch
+
+    recipe, reference, variables, draws, _, exact = tiny.sides("convnet")
+    rough = run_torch(reference, recipe.train, variables, draws, "float32")
+    name = "params/conv2/kernel"
+    size = np.abs(exact.grads[name])
+    change = np.abs(rough.grads[name] - exact.grads[name])
+    least, greatest = (np.unravel_index(f(size), size.shape) for f in (np.argmin, np.argmax))
+    for place, is_refused in ((least, False), (greatest, True)):
+        grads, other = (x[name].copy() for x in (rough.grads, rough.after_one))
+        other[place] += 1
+        truth = exact.grads[name].copy()
+        if not is_refused:
+            grads[place], truth[place] = change.max(), -change.max()
+        theirs = dataclasses.replace(rough, grads=rough.grads | {name: grads})
+        ours = dataclasses.replace(theirs, after_one=rough.after_one | {name: other})
+        truth = dataclasses.replace(exact, grads=exact.grads | {name: truth})
+        if is_refused:
+            with pytest.raises(errors.ParityError, match=rf"after 1 step: {name} differs"):
+                parity.compare_records(ours, theirs, "float32", 1e-5, exact=truth)
+        else:
+            report = parity.compare_records(ours, theirs, "float32", 1e-5, exact=truth)
+            count = report["parameters after 1 step"]["unsteady_elements"]
+            assert 0 < count < sum(x.size for x in exact.grads.values()) / 20
+
+
 def test_compare_by_hand():
     theirs = {"a": np.array([1.0, -4.0]), "b": np.array([[1.0, 2.0]])}
     close = {"a": np.array([1.0, -4.0 + 4e-10]), "b": theirs["b"]}
