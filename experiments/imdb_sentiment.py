@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from jaxnets import cli, errors, losses, metrics, models, registry, train
 from jaxnets.commands import Command, SavedRun, read_texts, write_output
@@ -142,7 +141,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         predict_fn=predict_fn,
         class_names=reviews.class_names,
         learning_rate=schedule,
-        rules=make_rules(len(reader)),
+        rules=text_classifier.sharding_rules(len(reader)),
         torch_reference="benchmarks.torch_reference.text_classifier:reference",
         torch_arguments={
             "model": config.model,
@@ -222,14 +221,6 @@ def widths(config: Config) -> tuple[int, ...]:
     if config.max_length < 1:
         raise errors.ConfigError(f"max_length is {config.max_length}; it must be at least 1")
     return (*sorted(w for w in config.buckets if 0 < w < config.max_length), config.max_length)
-
-
-def make_rules(vocabulary_size: int) -> Sequence[tuple[str, P]]:
-    """Where parameters lie; a vocabulary that doesn't divide evenly stays whole."""
-    if vocabulary_size % 8 == 0:
-        return text_classifier.sharding_rules()
-    whole = ((r"embedding/embedding$", P(None, "fsdp")), (r"(^|/)(weight|ratio)$", P()))
-    return (*whole, *text_classifier.sharding_rules())
 
 
 def make_model(config: Config, vocabulary_size: int, num_classes: int):

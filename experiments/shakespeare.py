@@ -12,13 +12,12 @@ model learns twelve sonnets, which need no download; they are too few to learn m
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 from jaxnets import cli, data, errors, losses, metrics, models, registry, train, writing
 from jaxnets.commands import Command
@@ -143,7 +142,7 @@ def make_recipe(config: Config, options: RunOptions) -> Recipe:
         monitor="loss",
         maximize=False,
         test_name="validation",
-        rules=make_rules(tokenizer.size),
+        rules=sharding_rules(tokenizer.size),
         assets={writing.VOCABULARY: tokenizer.to_bytes()},
         torch_reference="benchmarks.torch_reference.gpt:reference",
         torch_arguments={
@@ -196,17 +195,6 @@ def make_model(config: Config, vocabulary_size: int) -> models.GPT:
         remat=config.remat,
         dtype=None if config.dtype == "float32" else jnp.dtype(config.dtype),
     )
-
-
-def make_rules(vocabulary_size: int) -> Sequence[tuple[str, P]]:
-    """Where parameters lie; a vocabulary that doesn't divide evenly, as of characters, stays whole."""
-    if vocabulary_size % 8 == 0:
-        return sharding_rules()
-    whole = (
-        (r"token_embedding/embedding$", P(None, "fsdp")),
-        (r"head/kernel$", P("fsdp", None)),
-    )
-    return (*whole, *sharding_rules())
 
 
 def _check(config: Config) -> None:

@@ -171,7 +171,7 @@ def compare_records(
     left, right = _stages(ours, noise), _stages(theirs, noise)
     truth = {} if exact is None else _stages(exact, noise)
     others = [_stages(record, noise) for record in nudged]
-    unsteady = {} if exact is None else _unsteady(theirs.grads, exact.grads)
+    unsteady = {} if exact is None else _unsteady([ours.grads, theirs.grads], exact.grads)
     report = {}
     for stage, expected in right.items():
         found = left[stage]
@@ -203,18 +203,17 @@ def compare_records(
     return report
 
 
-def _unsteady(rough: Arrays, exact: Arrays) -> Arrays:
-    """Which elements' gradients rounding could turn, by name: a step of Adam is mostly that rounding.
+def _unsteady(rough: Sequence[Arrays], exact: Arrays) -> Arrays:
+    """Which elements' gradients are mostly rounding, by name, as then a step of Adam is.
 
-    They are less than ten times what rounding has changed in them, or in the root mean square of all.
-    One that is zero on both sides isn't among them. Gradients are compared in all elements.
+    They are less than ten times what rounding has changed in them on either side. The gradients
+    themselves are compared in all elements, and in float64 so is the step.
     """
-    found = {}
-    for name, x in exact.items():
-        change = np.abs(rough[name].astype(np.float64) - x)
-        noise = np.maximum(change, np.sqrt(np.mean(change**2)))
-        found[name] = (np.abs(x) < ROUNDING_FACTOR * noise) & ((x != 0) | (rough[name] != 0))
-    return found
+    return {
+        name: np.any([np.abs(x) < ROUNDING_FACTOR * np.abs(side[name] - x) for side in rough], axis=0)
+        for name, x in exact.items()
+        if all(name in side and side[name].shape == x.shape for side in rough)
+    }
 
 
 def _steady(found: Arrays, expected: Arrays, unsteady: Arrays) -> Arrays:

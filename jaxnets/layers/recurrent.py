@@ -52,9 +52,7 @@ class _Direction(nn.Module):
         )
         bias = self.param("bias", _first_bias(self.kind), (num_gates * size,), jnp.float32)
         dtype = self.dtype or jnp.result_type(x, kernel)
-        if (
-            mask is not None
-        ):  # what padding holds, were it not finite, would get into the kernel's gradient
+        if mask is not None:  # padding that isn't finite would get into the kernel's gradient
             x = jnp.where(mask[:, :, None], x, 0)
         ones = jnp.ones((batch, width), dtype)
         # The same elements at all steps (Gal & Ghahramani 2016, arXiv 1512.05287), as Keras has it.

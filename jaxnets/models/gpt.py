@@ -304,19 +304,23 @@ def gpt_100m(vocabulary_size: int = 50304, **fields) -> GPT:
     return GPT(vocabulary_size, **{"num_layers": 9, "num_heads": 8, **fields})
 
 
-def sharding_rules() -> tuple[tuple[str, P], ...]:
+def sharding_rules(vocabulary_size: int | None = None) -> tuple[tuple[str, P], ...]:
     """Where the leaves of a training state lie, on a mesh with the axes "fsdp" and "tensor".
 
     Heads, hidden units and vocabulary are cut over "tensor" and the width over "fsdp", so that either
     cuts nearly every byte; only biases, less than a thousandth, aren't cut by both. There is no rule for
     everything: a parameter without one of its own is an error.
 
+    Args:
+        vocabulary_size: V; one that doesn't split over eight devices, as of characters, stays whole.
+
     Returns:
         ordered (pattern, spec). A pattern is searched for in paths such as
         "params/block3/attention/query/kernel", "opt_state/0/mu/norm/scale" or "step".
     """
+    vocabulary = None if (vocabulary_size or 0) % 8 else "tensor"
     parameters = {
-        "token_embedding/embedding": P("tensor", "fsdp"),
+        "token_embedding/embedding": P(vocabulary, "fsdp"),
         "position_embedding/embedding": P(None, ("fsdp", "tensor")),
         r"block\d+/attention/(query|key|value)/kernel": P("fsdp", "tensor"),
         r"block\d+/attention/(query|key|value)/bias": P("tensor"),
@@ -326,7 +330,7 @@ def sharding_rules() -> tuple[tuple[str, P], ...]:
         r"block\d+/mlp/down/kernel": P("tensor", "fsdp"),
         r"block\d+/(attention/out|mlp/down)/bias": P("fsdp"),
         r"(block\d+/norm[12]|norm)/(scale|bias)": P("fsdp"),
-        "head/kernel": P("fsdp", "tensor"),
+        "head/kernel": P("fsdp", vocabulary),
     }
     # Of the optimizers here; the parameter of such a name would still lack a rule under "params/".
     counters = (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P())

@@ -175,21 +175,25 @@ def with_ratios(
     return init
 
 
-def sharding_rules() -> tuple[tuple[str, P], ...]:
+def sharding_rules(vocabulary_size: int | None = None) -> tuple[tuple[str, P], ...]:
     """Where the leaves of a training state lie, on a mesh with the axes "fsdp" and "tensor".
 
     Words, or features, and the outputs of the LSTM's kernels are cut over "tensor", inputs and a word's
     numbers over "fsdp"; each has to divide evenly. Classes stay together.
 
+    Args:
+        vocabulary_size: V; one that doesn't split over eight devices stays whole.
+
     Returns:
         ordered (pattern, spec) for the paths of `LSTMClassifier` and `WeightedNaiveBayes`.
     """
+    vocabulary = None if (vocabulary_size or 0) % 8 else "tensor"
     return (
-        (r"(^|/)embedding/embedding$", P("tensor", "fsdp")),
+        (r"(^|/)embedding/embedding$", P(vocabulary, "fsdp")),
         (r"(^|/)lstm/(.+/)?\w*kernel$", P("fsdp", "tensor")),
         (r"(^|/)lstm/(.+/)?\w*bias$", P("tensor")),
         (r"(^|/)head/kernel$", P("fsdp")),
-        (r"(^|/)(weight|ratio)$", P("tensor")),
+        (r"(^|/)(weight|ratio)$", P(vocabulary)),
         (r"(^|/)bias$", P()),
         (r"^(step|key|guard|health/\w+)$|^opt_state/(.+/)?(count|ns_coeffs)$", P()),
     )

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import imdb_sentiment
 from jaxnets import cli, models, train
+from jaxnets.models.text_classifier import sharding_rules
 from jaxnets.train.mesh import make_mesh
 
 SMALL = ["--width", "8", "--hidden", "8", "--max-length", "40", "--buckets", "20", "--batch-size", "64"]
@@ -188,7 +189,7 @@ def test_a_vocabulary_that_does_not_split_stays_whole():
         init_fn, _ = models.functional(model, jax.ShapeDtypeStruct((1, 3), jnp.int32))
         params, _ = jax.eval_shape(init_fn, jax.random.key(0))
         mesh = make_mesh(sizes={"tensor": 8})
-        found = train.shard_by_rules(params, imdb_sentiment.make_rules(size), mesh)
+        found = train.shard_by_rules(params, sharding_rules(size), mesh)
         assert found["embedding"]["embedding"].spec == spec
 
 
