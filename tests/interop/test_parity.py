@@ -235,6 +235,7 @@ def test_gradients_are_those_of_the_training_step():
             assert np.abs(grad).max() > 0
 
 
+@pytest.mark.parity
 def test_a_step_of_adam_counts_where_rounding_does_not_turn_its_gradient():
     """Such an element's step is refused nowhere; that of another one is."""
     from jaxnets.interop.sides import run_torch
