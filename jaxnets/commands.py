@@ -106,8 +106,11 @@ def run_command(
     """
     preset, argv = config.preset_of(argv, presets)
     named = f" --preset {preset}" if preset else ""
+    about = command.about
+    if presets:
+        about += f". --preset NAME takes the run of a preset: {', '.join(presets)}."
     words, flags, options = config.parse_command(
-        argv, command.flags, SavedOptions(), words=command.words, prog=prog, about=command.about
+        argv, command.flags, SavedOptions(), words=command.words, prog=prog, about=about
     )
     for i, word in enumerate(words, 1):
         _check_encoding(word, f"text {i}")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -251,6 +252,19 @@ def _translate(make_model, run: SavedRun, words: Sequence[str], flags: Translate
     search = {"num_beams": flags.num_beams, "length_penalty": flags.length_penalty}
     translator = open_translator(make_model, run, **search)
     found = translator.search(texts, places=places)
+    strange = {
+        place: unlearnt
+        for text, place in zip(texts, places, strict=True)
+        if (unlearnt := translator.subwords.unlearnt(text))
+    }
+    if strange:
+        first, *others = strange
+        warnings.warn(
+            f"{first}{f' and {len(others):,} more' if others else ''}: characters that the training "
+            f"text hardly has: {''.join(sorted(strange[first])[:20])}: don't trust the translation",
+            UserWarning,
+            stacklevel=1,
+        )
     lines = "".join(f"{' '.join(translator.subwords.decode(row).split())}\n" for row in found)
     if flags.output is None:
         sys.stdout.write(lines)

@@ -7,6 +7,7 @@ https://grouplens.org/datasets/movielens/.
 import csv
 import dataclasses
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ class _Format:
 
     Attributes:
         size: of the official archive, in bytes.
-        sha256: of it. GroupLens publishes the MD5 of ml-100k (0e33842e24a9c977be4e0107933c0723) and of
-            ml-1m (c4d9eecfca2ab87c1945afe126590906), and none of ml-latest-small; these digests are of
-            the archives with those, as TensorFlow Datasets pins all three with their sizes.
+        num_ratings: of the official edition.
+        sha256: of the archive. GroupLens publishes the MD5 of ml-100k
+            (0e33842e24a9c977be4e0107933c0723) and of ml-1m (c4d9eecfca2ab87c1945afe126590906), and none
+            of ml-latest-small; these digests are of the archives with those, as TensorFlow Datasets pins
+            all three with their sizes.
         ratings: the file of ratings.
         movies: the file of titles.
         separator: between the columns of ratings.
@@ -45,6 +48,7 @@ class _Format:
     """
 
     size: int
+    num_ratings: int
     sha256: str
     ratings: str
     movies: str
@@ -64,7 +68,7 @@ def load_movielens(
         data_dir: the files are in `data_dir/movielens/NAME`; if that folder is absent, the archive is
             downloaded (1 to 6 MB) and unpacked to it.
         verify: "strict" refuses a folder that isn't as it was unpacked from the archive, whose digest
-            alone is known.
+            alone is known; "warn" warns of one with another number of ratings.
         progress: of a download.
 
     Returns:
@@ -96,6 +100,10 @@ def load_movielens(
     item_ids, item = np.unique(columns[1].astype(np.int64), return_inverse=True)
     check_pairs(path, user, item, (user_ids, item_ids))
     titles = _titles_of(item_ids, item, path, folder / form.movies, form)
+    source = "official archive, SHA-256 verified" if is_verified else "unpacked files"
+    if not is_verified and len(user) != form.num_ratings:
+        source = f"NOT the official edition: {len(user):,} ratings in place of {form.num_ratings:,}"
+        warnings.warn(f"{path}: {source}: used as they are", UserWarning, stacklevel=4)
     return Ratings(
         name=name,
         user=user.astype(np.int32),
@@ -105,7 +113,7 @@ def load_movielens(
         user_ids=user_ids,
         item_ids=item_ids,
         titles=titles,
-        source=f"{folder} ({'official archive, SHA-256 verified' if is_verified else 'unpacked files'})",
+        source=f"{folder} ({source})",
         fold=_read_folds(folder, form, columns) if form.others else None,
     )
 
@@ -328,6 +336,7 @@ def _columns(path: Path, number: int, words: list[str], expected: int) -> errors
 FORMATS = {
     "ml-latest-small": _Format(
         size=978_202,
+        num_ratings=100_836,
         sha256="696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
         ratings="ratings.csv",
         movies="movies.csv",
@@ -337,6 +346,7 @@ FORMATS = {
     ),
     "ml-100k": _Format(
         size=4_924_029,
+        num_ratings=100_000,
         sha256="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
         ratings="u.data",
         movies="u.item",
@@ -347,6 +357,7 @@ FORMATS = {
     ),
     "ml-1m": _Format(
         size=5_917_549,
+        num_ratings=1_000_209,
         sha256="a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
         ratings="ratings.dat",
         movies="movies.dat",

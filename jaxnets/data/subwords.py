@@ -5,6 +5,7 @@ blanks at its ends, Unicode's normal form, and capital letters where they are ma
 2 stand for padding and for where a sentence begins and ends; no text is ever encoded to them.
 """
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -97,6 +98,23 @@ class Subwords:
             if token >= _NUM_SPECIAL:
                 ids.append(int(token) - _NUM_SPECIAL)
         return self._tokenizer.decode(ids).strip()
+
+    def unlearnt(self, text: str) -> set[str]:
+        """The characters of a text that the training text hardly has: no merge joins their bytes.
+
+        Example:
+            >>> subwords = Subwords.learn(["ein Käse", "ein Käse und ein Käfer"], 280)
+            >>> subwords.unlearnt("Käse, мир") == set("мир")
+            True
+        """
+        normal = self._tokenizer.normalizer.normalize_str(text)
+        characters = {c for c in normal if not c.isascii() and not c.isspace()}
+        level = library().pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return {c for c in characters if level.pre_tokenize_str(c)[0][0] not in self._pieces}
+
+    @functools.cached_property
+    def _pieces(self) -> str:
+        return "\n".join(self._tokenizer.get_vocab())
 
     def pieces(self, tokens: Iterable[int]) -> list[str]:
         """The text of each token, for pictures."""

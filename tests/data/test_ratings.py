@@ -13,6 +13,8 @@ from jaxnets.data import load_ratings, movielens, ratings
 from jaxnets.data.generated_ratings import generate_ratings
 from jaxnets.data.movielens import FORMATS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*NOT the official edition")
+
 # user id, movie id, stars, time: ids with gaps, not in order.
 TABLE = [
     (7, 10, 4.0, 400), (2, 30, 0.5, 100), (7, 30, 5.0, 300), (2, 20, 3.5, 200), (9, 10, 1.0, 50),
@@ -183,6 +185,16 @@ def test_strict_verification_takes_the_archive_alone(tmp_path):
     write(tmp_path, "ml-1m")
     with pytest.raises(errors.DataError, match="remove the folder, and the archive is downloaded"):
         load_ratings("ml-1m", data_dir=tmp_path, verify="strict")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ratings"), [("ml-latest-small", "100,836"), ("ml-1m", "1,000,209")]
+)
+def test_another_number_of_ratings_is_warned_of(tmp_path, name, num_ratings):
+    folder = write(tmp_path, name)
+    with pytest.warns(UserWarning, match=f"10 ratings in place of {num_ratings}: used as they are"):
+        data = load_ratings(name, data_dir=tmp_path)
+    assert data.source == f"{folder} (NOT the official edition: 10 ratings in place of {num_ratings})"
 
 
 def test_an_archive_is_checked_unpacked_and_removed(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,8 +19,6 @@ LOWER = Subwords.learn(TEXTS, 400, lowercase=True)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=100)
 def test_any_text_comes_back(text):
-    import unicodedata
-
     if not text.strip():
         return
     tokens = SUBWORDS.encode(text)
@@ -39,6 +39,11 @@ def test_common_words_are_whole_and_unknown_ones_are_bytes():
     ) == [" Der", " Hund", "</s>"]
     assert len(SUBWORDS.encode("日本")) > 6
     assert SUBWORDS.decode(SUBWORDS.encode("日本")) == "日本"
+
+
+def test_characters_that_it_has_not_learnt():
+    assert LOWER.unlearnt("мир, schläft der\u00a0Hund?") == set("мир")
+    assert LOWER.unlearnt(unicodedata.normalize("NFD", "DIE KATZE SCHLÄFT")) == set()
 
 
 def test_lowercase():
