@@ -176,7 +176,7 @@ def test_a_run_that_was_broken_off_goes_on_exactly(data, train, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_no_worker(data, tmp_path, number):
-    status, err, _ = break_off(data, tmp_path / "r", number, worker=False)
+    status, err = break_off(data, tmp_path / "r", number, worker=False)
     assert status == 128 + number, err
     assert "stopped by" in err
     assert "error" not in err
