@@ -142,6 +142,7 @@ def test_train_translate_and_score(run_dir, tmp_path, capsys):
     assert len((run_dir / "val.hypotheses.txt").read_text().splitlines()) == 200
 
 
+@pytest.mark.filterwarnings("default:.*characters that the training text hardly has")
 def test_characters_that_training_hardly_had(run_dir, capsys):
     assert command(run_dir, "translate", "Der Hund.", "мир", "日", "--num-beams", "1") == 0
     out, err = capsys.readouterr()
