@@ -284,6 +284,8 @@ def _check(config: Config) -> None:
             f"{config.model} doesn't predict ratings, as matrix_factorization does: say --loss bce or "
             "softmax"
         )
+    if config.model == "neumf" and config.width != Config().width:
+        raise errors.ConfigError("neumf has the paper's widths: leave out --width")
     if config.patience < 0:
         raise errors.ConfigError(f"patience must be at least 0, not {config.patience}")
 

@@ -143,6 +143,7 @@ def test_what_commands_refuse(trained, tmp_path, capsys, words, expected):
         (["--loss", "mse"], "unknown loss 'mse'"),
         (["--model", "neumf"], "neumf doesn't predict ratings"),
         (["--model", "two_tower", "--loss", "bce", "--penalty", "1"], "two_tower has no penalty"),
+        (["--model", "neumf", "--loss", "bce", "--width", "8"], "neumf has the paper's widths"),
         (["--penalty", "-1"], "penalty must be at least 0"),
         (["--width", "0"], "width must be at least 1"),
         (["--optimizer", "lazy_adam"], "unknown optimizer 'lazy_adam'"),
