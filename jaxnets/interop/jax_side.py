@@ -63,10 +63,11 @@ class JaxSide:
         key = jax.random.key(recipe.seed)
         self.is_training = spec["mode"] == "train"
         self.is_plain = spec["is_plain"]
-        self.state = strategy.init(
-            lambda: train.create_state(lambda _: (params, variables), recipe.tx, key=key)
-        )
+        self.state: Any
         if self.is_training:
+            self.state = strategy.init(
+                lambda: train.create_state(lambda _: (params, variables), recipe.tx, key=key)
+            )
             make_step = partial(
                 row_updates.step_maker(recipe.tables),
                 recipe.loss_fn,
@@ -78,10 +79,11 @@ class JaxSide:
         else:
             predict_fn = recipe.predict_fn
             assert predict_fn is not None  # the parent has checked
+            self.state = strategy.init(lambda: (params, variables))  # no optimizer's, as PyTorch has
 
             def make_predict(*, axis_name: str | None) -> Any:
                 del axis_name  # None, under jit
-                return lambda state, batch: predict_fn(state.params, state.model_state, batch)
+                return lambda state, batch: predict_fn(*state, batch)
 
             compile_program = partial(strategy.compile_eval, make_predict)
         count = spec["steps_per_call"] if self.is_training else 1
@@ -93,7 +95,7 @@ class JaxSide:
                 programs = {0: compile_program(arrays, num_steps=count)}
                 self.several = train.Several(count, programs, lambda step: False)
         self.batches = Batches(recipe.num_examples, recipe.batch_size, ENDLESS, seed=recipe.seed)
-        dtypes = {str(x.dtype) for x in jax.tree.leaves(self.state.params)}
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         self.settings = {
             "mode": spec["mode"],
