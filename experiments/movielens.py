@@ -285,7 +285,9 @@ def _check(config: Config) -> None:
             "softmax"
         )
     if config.model == "neumf" and config.width != Config().width:
-        raise errors.ConfigError("neumf has the paper's widths: leave out --width")
+        raise errors.ConfigError(
+            f"neumf has the paper's widths: leave out --width (it is {config.width})"
+        )
     if config.patience < 0:
         raise errors.ConfigError(f"patience must be at least 0, not {config.patience}")
 

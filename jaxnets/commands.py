@@ -108,7 +108,7 @@ def run_command(
     named = f" --preset {preset}" if preset else ""
     about = command.about
     if presets:
-        about += f". --preset NAME takes the run of a preset: {', '.join(presets)}."
+        about += f"; --preset NAME takes that preset's run ({', '.join(presets)})"
     words, flags, options = config.parse_command(
         argv, command.flags, SavedOptions(), words=command.words, prog=prog, about=about
     )

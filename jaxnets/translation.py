@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -252,19 +253,7 @@ def _translate(make_model, run: SavedRun, words: Sequence[str], flags: Translate
     search = {"num_beams": flags.num_beams, "length_penalty": flags.length_penalty}
     translator = open_translator(make_model, run, **search)
     found = translator.search(texts, places=places)
-    strange = {
-        place: unlearnt
-        for text, place in zip(texts, places, strict=True)
-        if (unlearnt := translator.subwords.unlearnt(text))
-    }
-    if strange:
-        first, *others = strange
-        warnings.warn(
-            f"{first}{f' and {len(others):,} more' if others else ''}: characters that the training "
-            f"text hardly has: {''.join(sorted(strange[first])[:20])}: don't trust the translation",
-            UserWarning,
-            stacklevel=1,
-        )
+    _warn_of_unlearnt(translator.subwords, texts, places)
     lines = "".join(f"{' '.join(translator.subwords.decode(row).split())}\n" for row in found)
     if flags.output is None:
         sys.stdout.write(lines)
@@ -278,6 +267,23 @@ def _translate(make_model, run: SavedRun, words: Sequence[str], flags: Translate
             print(f"what the first looks at: {path}", file=sys.stderr)
         except OSError as error:  # the translation was printed all the same
             print(f"warning: {path} can't be written: {error.strerror or error}", file=sys.stderr)
+
+
+def _warn_of_unlearnt(subwords: Subwords, texts: Sequence[str], places: Sequence[str]) -> None:
+    unlearnt = {place: subwords.unlearnt(text) for text, place in zip(texts, places, strict=True)}
+    of_them = [place for place, characters in unlearnt.items() if characters]
+    if not of_them:
+        return
+    characters = sorted(set().union(*unlearnt.values()))
+    # As numbers where they would change how the rest of the line looks.
+    shown = [c if unicodedata.category(c)[0] not in "CMZ" else f"U+{ord(c):04X}" for c in characters]
+    named = " ".join(shown[:20]) + (" ..." if shown[20:] else "")
+    warnings.warn(
+        f"{of_them[0]}{f' and {len(of_them) - 1:,} more' if of_them[1:] else ''}: no subword of this "
+        f"model holds {named}: the translation may be wrong",
+        UserWarning,
+        stacklevel=1,
+    )
 
 
 def _score(make_model, run: SavedRun, words: Sequence[str], flags: ScoreFlags) -> None:

@@ -106,8 +106,9 @@ def test_a_misspelt_flag_gives_the_nearest_one(word, near):
     assert len(text) < 100
 
 
-def test_a_flag_like_no_other():
-    assert refusal("--zzzzzz") == "unknown flag '--zzzzzz': see --help"
+@pytest.mark.parametrize("word", ["--zzzzzz", "--gpu", "--max-tokens"])
+def test_a_flag_like_no_other(word):
+    assert refusal(word) == f"unknown flag '{word}': see --help"
 
 
 def test_no_for_what_is_not_a_bool():

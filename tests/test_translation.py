@@ -142,12 +142,13 @@ def test_train_translate_and_score(run_dir, tmp_path, capsys):
     assert len((run_dir / "val.hypotheses.txt").read_text().splitlines()) == 200
 
 
-@pytest.mark.filterwarnings("default:.*characters that the training text hardly has")
-def test_characters_that_training_hardly_had(run_dir, capsys):
-    assert command(run_dir, "translate", "Der Hund.", "мир", "日", "--num-beams", "1") == 0
+@pytest.mark.filterwarnings("default:.*no subword of this model holds")
+def test_characters_that_no_subword_holds_are_named(run_dir, capsys):
+    words = ["translate", "Der Hund.", "мир", "日\u202e", "--num-beams", "1"]
+    assert command(run_dir, *words) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
-    assert "text 2 and 1 more: characters that the training text hardly has: имр:" in err
+    assert "text 2 and 1 more: no subword of this model holds и м р U+202E 日: the" in err
 
 
 @pytest.mark.parametrize(

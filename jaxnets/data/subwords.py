@@ -100,7 +100,7 @@ class Subwords:
         return self._tokenizer.decode(ids).strip()
 
     def unlearnt(self, text: str) -> set[str]:
-        """The characters of a text that the training text hardly has: no merge joins their bytes.
+        """The characters of a text, beyond ASCII, that no subword holds whole.
 
         Example:
             >>> subwords = Subwords.learn(["ein Käse", "ein Käse und ein Käfer"], 280)

@@ -177,11 +177,17 @@ def print_table(report: Mapping[str, Any]) -> None:
 
 
 def processor() -> str:
-    """The processor's name and cores, as the system tells."""
+    """The processor's name, family and cores, as the system tells."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+    found: dict[str, list[str]] = {}
+    for line in info.read_text().splitlines() if info.exists() else []:
+        field, _, value = line.partition(":")
+        found.setdefault(field.strip(), []).append(value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    # Virtual machines call the processors of several generations by one name.
+    family = f" (family {found['cpu family'][0]})" if "cpu family" in found else ""
+    return f"{found['model name'][0]}{family}, {len(found['model name'])} cores"
 
 
 def where(report: Mapping[str, Any]) -> str:

@@ -79,7 +79,9 @@ class JaxSide:
         else:
             predict_fn = recipe.predict_fn
             assert predict_fn is not None  # the parent has checked
-            self.state = strategy.init(lambda: (params, variables))  # no optimizer's, as PyTorch has
+            self.state = strategy.init(
+                lambda: (params, variables)
+            )  # no optimizer's, which PyTorch hasn't
 
             def make_predict(*, axis_name: str | None) -> Any:
                 del axis_name  # None, under jit
@@ -95,7 +97,8 @@ class JaxSide:
                 programs = {0: compile_program(arrays, num_steps=count)}
                 self.several = train.Several(count, programs, lambda step: False)
         self.batches = Batches(recipe.num_examples, recipe.batch_size, ENDLESS, seed=recipe.seed)
-        dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
+        held = self.state.params if self.is_training else self.state[0]
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(held)}
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         self.settings = {
             "mode": spec["mode"],

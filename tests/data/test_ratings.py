@@ -1,5 +1,6 @@
 """The official formats of MovieLens, what is said of damaged files, and the splits."""
 
+import dataclasses
 import io
 import zipfile
 
@@ -13,7 +14,9 @@ from jaxnets.data import load_ratings, movielens, ratings
 from jaxnets.data.generated_ratings import generate_ratings
 from jaxnets.data.movielens import FORMATS
 
+# Of the small tables below, which stand for whole editions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*NOT the official edition")
+NUM_RATINGS = {"ml-latest-small": "100,836", "ml-100k": "100,000", "ml-1m": "1,000,209"}
 
 # user id, movie id, stars, time: ids with gaps, not in order.
 TABLE = [
@@ -187,14 +190,19 @@ def test_strict_verification_takes_the_archive_alone(tmp_path):
         load_ratings("ml-1m", data_dir=tmp_path, verify="strict")
 
 
-@pytest.mark.parametrize(
-    ("name", "num_ratings"), [("ml-latest-small", "100,836"), ("ml-1m", "1,000,209")]
-)
+@pytest.mark.parametrize(("name", "num_ratings"), NUM_RATINGS.items())
 def test_another_number_of_ratings_is_warned_of(tmp_path, name, num_ratings):
     folder = write(tmp_path, name)
     with pytest.warns(UserWarning, match=f"10 ratings in place of {num_ratings}: used as they are"):
         data = load_ratings(name, data_dir=tmp_path)
     assert data.source == f"{folder} (NOT the official edition: 10 ratings in place of {num_ratings})"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_right_number_of_ratings_is_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "ml-1m", dataclasses.replace(FORMATS["ml-1m"], num_ratings=10))
+    folder = write(tmp_path, "ml-1m")
+    assert load_ratings("ml-1m", data_dir=tmp_path).source == f"{folder} (unpacked files)"
 
 
 def test_an_archive_is_checked_unpacked_and_removed(tmp_path, monkeypatch):

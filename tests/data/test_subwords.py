@@ -41,7 +41,7 @@ def test_common_words_are_whole_and_unknown_ones_are_bytes():
     assert SUBWORDS.decode(SUBWORDS.encode("日本")) == "日本"
 
 
-def test_characters_that_it_has_not_learnt():
+def test_characters_that_no_subword_holds():
     assert LOWER.unlearnt("мир, schläft der\u00a0Hund?") == set("мир")
     assert LOWER.unlearnt(unicodedata.normalize("NFD", "DIE KATZE SCHLÄFT")) == set()
 

@@ -236,3 +236,4 @@ def test_help_names_the_command(capsys):
     assert "TEXT" in printed
     assert "--checkpoint" in printed
     assert "--input" in printed
+    assert "--preset NAME takes that preset's run (tutorial, better)" in " ".join(printed.split())
