@@ -231,7 +231,7 @@ def test_errors_are_of_stars_as_they_can_be(scale, monkeypatch):
 @pytest.mark.parametrize("model", ["embedding_dot", "neumf", "two_tower"])
 def test_ranks_are_those_of_the_protocol(model):
     """Leave-one-out by hand: every score from its pair, ranked by NumPy."""
-    recipe = recipe_of(model=model, loss="bce", width=8)
+    recipe = recipe_of(model=model, loss="bce")
     params, _ = start(recipe)
     params = jax.tree.map(lambda x: x * 3, params)
     found = evaluated(recipe, params)

@@ -44,7 +44,7 @@ def test_three_steps_are_the_same(optimizer, update_rows):
     ("model", "loss", "fields", "num_arrays"),
     [
         ("embedding_dot", "bce", {"update_rows": True, "optimizer": "lazy_adam"}, 2),
-        ("neumf", "bce", {"weight_decay": 0.01}, 12),
+        ("neumf", "bce", {"weight_decay": 0.01, "width": 32}, 12),
         ("two_tower", "softmax", {"num_negatives": 6}, 10),
     ],
 )
