@@ -68,8 +68,9 @@ def unknown(kind: str, name: str, names: Iterable[str], *, advice: str = "") -> 
         "unknown model 'lanet': did you mean 'lenet'? (there are: lenet, mlp)"
     """
     names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else ":"
+    bare = {other.lstrip("-"): other for other in names}  # dashes of flags would make all of them alike
+    near = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    hint = f": did you mean {bare[near[0]]!r}?" if near else ":"
     advice = advice or f"there are: {', '.join(names)}"
     return ConfigError(f"unknown {kind} {name!r}{hint} {f'({advice})' if near else advice}")
 
